@@ -162,6 +162,21 @@ pub struct Directional {
 }
 
 impl Directional {
+    /// Compares the change of `value` between two ends of a movement with the one that the gradient predicts.
+    fn of(
+        input: String,
+        [up, down]: [Vec<f32>; 2],
+        gradient: &[f64],
+        mut value: impl FnMut(&[f32]) -> Result<f64>,
+    ) -> Result<Self> {
+        let movement = (up.iter().zip(&down)).map(|(u, d)| f64::from(*u) - f64::from(*d));
+        Ok(Self {
+            input,
+            predicted: movement.zip(gradient).map(|(m, g)| m * g).sum(),
+            found: value(&up)? - value(&down)?,
+        })
+    }
+
     /// Returns the error of the prediction, relative to the measured change.
     pub fn relative_error(&self) -> f64 {
         (self.predicted - self.found).abs() / self.found.abs()
@@ -256,42 +271,42 @@ pub fn directional(config: &Config, tokens: usize, load: Load) -> Result<Vec<Dir
             None => ("x".into(), false, x.to_f64()?),
         };
         let step = STEP * norm(&start) / norm(&gradient);
-        let moved = |sign: f64| -> Vec<f32> {
-            let moved = start
-                .iter()
-                .zip(&gradient)
-                .map(|(s, g)| (s + sign * step * g) as f32);
-            let moved: Vec<f32> = moved.collect();
-            match exact {
-                true => moved,
-                false => rounded(&moved),
+        let ends = ends_of_movement(&start, &gradient, step, exact);
+        let value = |values: &[f32]| {
+            if input < count {
+                let of = |model: &Model| pass(model, &x, Phase::Frozen, None);
+                return with_value(&mut model, input, values, of);
             }
+            let x = Tensor::from_slice(x.shape(), values).narrowed();
+            pass(&model, &x.on(Device::Sim), Phase::Frozen, None)
         };
-        let (up, down) = (moved(1.0), moved(-1.0));
-        let difference = |i: usize| f64::from(up[i]) - f64::from(down[i]);
-        let predicted = (0..start.len()).map(|i| gradient[i] * difference(i)).sum();
-        let mut at = |values: &[f32]| -> Result<f64> {
-            if input == count {
-                let x = Tensor::from_slice(x.shape(), values)
-                    .narrowed()
-                    .on(Device::Sim);
-                return pass(&model, &x, Phase::Frozen, None);
-            }
-            let old = model.parameters[input].value.clone();
-            let moved = Tensor::from_slice(old.shape(), values);
-            model.parameters[input].value.set(&moved);
-            let value = pass(&model, &x, Phase::Frozen, None);
-            model.parameters[input].value = old;
-            value
-        };
-        let change = at(&up)? - at(&down)?;
-        found.push(Directional {
-            input: name,
-            predicted,
-            found: change,
-        });
+        found.push(Directional::of(name, ends, &gradient, value)?);
     }
     Ok(found)
+}
+
+/// Moves numbers in both directions by `step` times their gradient. Unless `exact`, the results are rounded to bf16.
+fn ends_of_movement(start: &[f64], gradient: &[f64], step: f64, exact: bool) -> [Vec<f32>; 2] {
+    [step, -step].map(|step| {
+        let moved = (start.iter().zip(gradient)).map(|(s, g)| (s + step * g) as f32);
+        let moved: Vec<f32> = moved.collect();
+        if exact { moved } else { rounded(&moved) }
+    })
+}
+
+/// Returns a value of a model in which a parameter has other values.
+fn with_value(
+    model: &mut Model,
+    parameter: usize,
+    values: &[f32],
+    of: impl Fn(&Model) -> Result<f64>,
+) -> Result<f64> {
+    let old = model.parameters[parameter].value.clone();
+    let moved = Tensor::from_slice(old.shape(), values);
+    model.parameters[parameter].value.set(&moved);
+    let value = of(model);
+    model.parameters[parameter].value = old;
+    value
 }
 
 fn norm(v: &[f64]) -> f64 {

@@ -9,7 +9,7 @@
 use crate::config::{Config, Layers, RouterConfig};
 use crate::dist::SingleRank;
 use crate::error::Result;
-use crate::model::{Model, Weights};
+use crate::model::{Model, Parameter, Weights};
 use crate::ops::OPS;
 use crate::routers::{self, GradientCheck, Pass, Phase, Surrogate};
 use crate::tape::check::{Case, finite_differences, gradients, normal_numbers};
@@ -36,6 +36,24 @@ pub struct Row {
 }
 
 impl Row {
+    fn new(subject: String, case: String) -> Self {
+        Row {
+            subject,
+            case,
+            compared: 0,
+            worst: String::new(),
+            error: 0.0,
+        }
+    }
+
+    /// Adds the derivatives by an input.
+    fn add(&mut self, input: String, compared: usize, error: f64) {
+        self.compared += compared;
+        if self.worst.is_empty() || !(error <= self.error) {
+            (self.worst, self.error) = (input, error);
+        }
+    }
+
     /// Returns whether the error is at most [`TOLERANCE`]; false for NaN.
     pub fn passes(&self) -> bool {
         self.error <= TOLERANCE
@@ -281,18 +299,9 @@ pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Re
 }
 
 fn by_differences(subject: String, case: &Case) -> Result<Row> {
-    let mut row = Row {
-        subject,
-        case: case.name.clone(),
-        compared: 0,
-        worst: String::new(),
-        error: 0.0,
-    };
+    let mut row = Row::new(subject, case.name.clone());
     for report in finite_differences(case)? {
-        row.compared += report.compared;
-        if row.worst.is_empty() || !(report.relative_error <= row.error) {
-            (row.worst, row.error) = (report.input, report.relative_error);
-        }
+        row.add(report.input, report.compared, report.relative_error);
     }
     Ok(row)
 }
@@ -337,24 +346,15 @@ fn router_rows(router: &RouterCase) -> Result<Vec<Row>> {
 /// Compares the gradient of `own` with that of `other`, input by input.
 fn by_gradients(subject: String, case: String, own: &Case, other: &Case) -> Result<Row> {
     let (own, expected) = (gradients(own)?, gradients(other)?);
-    let mut row = Row {
-        subject,
-        case,
-        compared: 0,
-        worst: String::new(),
-        error: 0.0,
-    };
-    for ((input, own), (_, expected)) in own.iter().zip(&expected) {
+    let mut row = Row::new(subject, case);
+    for ((input, own), (_, expected)) in own.into_iter().zip(&expected) {
         let scale = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
         let worst = own
             .iter()
             .zip(expected)
             .fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
         let error = if scale == 0.0 { worst } else { worst / scale };
-        row.compared += own.len();
-        if row.worst.is_empty() || !(error <= row.error) {
-            (row.worst, row.error) = (input.clone(), error);
-        }
+        row.add(input, own.len(), error);
     }
     Ok(row)
 }
@@ -388,27 +388,13 @@ fn config(router: &str, set: &[&str]) -> Result<Config> {
 fn layer_case(config: &Config, model: Model, inputs: &[&str]) -> Result<Case> {
     const TOKENS: usize = 13;
     let wanted = |name: &str| inputs.is_empty() || inputs.iter().any(|i| name.contains(i));
-    let wanted: Vec<bool> = std::iter::once(wanted("x"))
-        .chain(
-            model
-                .parameters
-                .iter()
-                .filter(|p| p.name.contains(".mlp."))
-                .map(|p| wanted(&p.name)),
-        )
-        .collect();
     let width = config.model.hidden;
     let x = normal_numbers(TOKENS * width, 77);
     let own: Vec<usize> = (0..model.parameters.len())
         .filter(|&i| model.parameters[i].name.contains(".mlp."))
         .collect();
-    let inputs: Vec<(String, Vec<usize>, Vec<f64>)> = own
-        .iter()
-        .map(|&i| {
-            let p = &model.parameters[i];
-            Ok((p.name.clone(), p.value.shape().to_vec(), p.value.to_f64()?))
-        })
-        .collect::<Result<_>>()?;
+    let parameters = own.iter().map(|&i| &model.parameters[i]);
+    let parameters = parameters.map(input_of).collect::<Result<Vec<_>>>()?;
     let place = move |v: &[Var], weights: &Weights| -> Weights {
         let mut all: Vec<Var> = weights.iter().map(Var::detached).collect();
         own.iter()
@@ -430,23 +416,25 @@ fn layer_case(config: &Config, model: Model, inputs: &[&str]) -> Result<Case> {
         run(tape, v, Phase::Frozen)
     });
     let mut case = case.values("x", [TOKENS, width], &x);
-    for (name, shape, values) in inputs {
+    for (name, shape, values) in parameters {
         case = case.values(name, shape.as_slice(), &values);
     }
-    for (input, wanted) in case.inputs.iter_mut().zip(wanted) {
-        input.differentiable = wanted;
+    for input in &mut case.inputs {
+        input.differentiable = wanted(&input.name);
     }
     Ok(case)
+}
+
+/// Returns the name, shape and values of a parameter.
+fn input_of(p: &Parameter) -> Result<(String, Vec<usize>, Vec<f64>)> {
+    Ok((p.name.clone(), p.value.shape().to_vec(), p.value.to_f64()?))
 }
 
 /// Returns the case of a complete model: inputs are all its parameters, and the output is its loss.
 fn model_case(config: &Config, model: Model) -> Result<Case> {
     let batch = random_batch(config, 2);
-    let inputs: Vec<(String, Vec<usize>, Vec<f64>)> = model
-        .parameters
-        .iter()
-        .map(|p| Ok((p.name.clone(), p.value.shape().to_vec(), p.value.to_f64()?)))
-        .collect::<Result<_>>()?;
+    let inputs = model.parameters.iter().map(input_of);
+    let inputs = inputs.collect::<Result<Vec<_>>>()?;
     let held = std::cell::Cell::new(false);
     let case = Case::new(
         format!("{} layers, loss", config.model.layers),

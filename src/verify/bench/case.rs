@@ -5,6 +5,7 @@
 
 use super::operations::Operation;
 use super::steps::Step;
+use crate::device::machine::h200;
 use crate::error::Result;
 use crate::kernels::adamw::AdamwUpdate;
 use crate::kernels::attention::AttentionSizes;
@@ -14,7 +15,6 @@ use crate::kernels::norm::{NormBackward, NormForward};
 use crate::kernels::router::RouterForward;
 use crate::kernels::{
     AttentionBackward, AttentionForward, Combine, DefaultDots, ExpertMean, GateGradient,
-    GroupedGemmForward, GroupedGemmWeightGradient,
 };
 use crate::verify::bench::roofline;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
@@ -154,7 +154,7 @@ impl Group {
         };
         Ok(match &self.work {
             Work::Gemm { product, shape } => {
-                let cost = gemm_cost(*product, shape);
+                let cost = product.cost(shape);
                 vec![case(product.launcher(), cost.flops, vec![cost])]
             }
             Work::Layer(layer) => layer_cases(layer, case)?,
@@ -233,16 +233,6 @@ impl Group {
     }
 }
 
-fn gemm_cost(product: Product, shape: &Shape) -> Cost {
-    let (rows, groups) = (shape.rows(), shape.counts.len());
-    match product {
-        Product::WeightGradient => {
-            GroupedGemmWeightGradient::cost(rows, groups, shape.n, shape.k, false)
-        }
-        _ => GroupedGemmForward::cost(rows, groups, shape.n, shape.k),
-    }
-}
-
 /// Returns the cases of a layer, in the order of the parts of [`super::layer`].
 fn layer_cases(
     layer: &Layer,
@@ -256,7 +246,7 @@ fn layer_cases(
         (false, ["layer_forward", "layer_backward"]),
         (true, ["default_layer_forward", "default_layer_backward"]),
     ] {
-        let costs = roofline::layer_costs(&s, default, false)?;
+        let costs = roofline::layer_costs(&s, default, false, h200())?;
         let [first, second] = costs.map(|pass| pass.into_iter().map(|(_, cost)| cost).collect());
         cases.push(case(families[0], forward, first));
         cases.push(case(families[1], 2.0 * forward, second));
@@ -281,8 +271,10 @@ fn layer_cases(
 
 #[cfg(test)]
 mod tests {
-    use super::super::groups::groups;
+    use super::super::groups::{groups, timed_products};
+    use super::super::hardware_records::{TIMED, timed};
     use std::collections::BTreeSet;
+    use std::path::Path;
 
     #[test]
     fn names_are_unique_and_every_case_costs_something() {
@@ -301,8 +293,13 @@ mod tests {
     #[test]
     fn products_are_those_that_hardware_check_has_timed() {
         let names: BTreeSet<String> = groups().into_iter().map(|g| g.name).collect();
-        for case in crate::verify::hardware::timing::cases() {
-            assert!(names.contains(&case.name), "{}", case.name);
+        for group in timed_products() {
+            assert!(names.contains(&group.name), "{}", group.name);
+        }
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
+        for record in timed(&folder).unwrap() {
+            let case = record.task.strip_prefix(TIMED).unwrap();
+            assert!(names.contains(case), "{case}");
         }
     }
 

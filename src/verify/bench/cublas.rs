@@ -1,9 +1,12 @@
-//! Describes the products of the grouped GEMMs to cuBLAS. A row-major [p, q] matrix is a column-major [q, p] matrix in
+//! The products of the grouped GEMMs in cuBLAS. A row-major [p, q] matrix is a column-major [q, p] matrix in
 //! cuBLAS, so cuBLAS computes the transpose of our result, with our b as its a and our a as its b.
 
-use crate::device::cublas::{Batch, Matrix};
+use super::measure::{Peer, Side, in_turn, replayed};
+use super::record::{CUBLAS, CUBLAS_GROUPED};
+use crate::device::cublas::{Batch, Matmul, Matrix};
 use crate::device::cublas_grouped::{Group, Grouped};
 use crate::device::cuda::Gpu;
+use crate::verify::kernels::Run;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 
 /// Returns a product over groups of equal size as one batch.
@@ -47,23 +50,41 @@ pub fn batch(product: Product, shape: &Shape) -> Result<Batch, String> {
     })
 }
 
-/// Returns a product over groups of any size. `sets` are the addresses of the buffers of the kernel's problem: result, a,
-/// b.
-///
-/// # Errors
-/// A sentence, if the library is not available or does not support the product.
-pub fn grouped<'a>(
+/// Returns the sides that compute a product with cuBLAS on the buffers of `runs`, one of equal groups and, for more than
+/// one group, one of groups of any size; each with the reason if it cannot run.
+pub fn sides<'a>(
     gpu: &'a Gpu,
     product: Product,
     shape: &Shape,
-    sets: &[Vec<*mut u8>],
-) -> Result<Grouped<'a>, String> {
-    let (transposed, f32_result) = match product {
-        Product::Forward => ([true, false], false),
-        Product::InputGradient => ([false, false], false),
-        Product::WeightGradient => ([false, true], true),
-    };
-    Grouped::new(gpu, groups(product, shape), transposed, f32_result, sets)
+    runs: &'a [Run<'a>],
+) -> (Vec<Peer>, Vec<Side<'a>>) {
+    let mut sides = Vec::new();
+    let batched =
+        batch(product, shape).and_then(|batch| Matmul::started(gpu, batch, &runs[0].pointers()));
+    let batched = batched.map(|(matmul, cublas)| {
+        let launch = move |set: usize| {
+            let _workspace = &cublas;
+            matmul.launch(gpu, &runs[set].pointers())
+        };
+        sides.push(replayed(gpu, runs.len(), launch));
+    });
+    let mut peers = vec![(CUBLAS, batched)];
+    if shape.counts.len() > 1 {
+        let (transposed, f32_result) = match product {
+            Product::Forward => ([true, false], false),
+            Product::InputGradient => ([false, false], false),
+            Product::WeightGradient => ([false, true], true),
+        };
+        let pointers: Vec<_> = runs.iter().map(Run::pointers).collect();
+        let groups = groups(product, shape);
+        let grouped = Grouped::new(gpu, groups, transposed, f32_result, &pointers);
+        let grouped = grouped.map(|grouped| {
+            // It copies its sizes to the GPU at every launch, which a graph cannot capture.
+            sides.push(in_turn(runs.len(), move |set| grouped.launch(set)));
+        });
+        peers.push((CUBLAS_GROUPED, grouped));
+    }
+    (peers, sides)
 }
 
 /// Returns the positions at which each group's matrices begin.

@@ -53,8 +53,8 @@ pub fn dump(options: &Options, file: &Path) -> Result<usize> {
                 run.launch()?;
                 let work = group.sizes()?;
                 let work = work["work"].as_str().unwrap_or_default();
-                for (place, output, dtype) in &kernels.outputs {
-                    let bytes = run.content(*place, usize::MAX)?;
+                for (output, dtype) in &kernels.outputs {
+                    let bytes = run.content(output, usize::MAX)?;
                     add(
                         format!("{work} {}/{output}", group.name),
                         &timed::numbers(&bytes, *dtype),

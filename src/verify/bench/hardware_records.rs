@@ -3,10 +3,14 @@
 
 use super::groups;
 use super::record::{CUBLAS, Measured, OURS, Record, Records};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::verify::bench::measure::HARDWARE_PLAN;
+use crate::verify::hardware::record::{self as hardware, Ending};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+/// Start of the names of the tasks with timings.
+pub(super) const TIMED: &str = "timed: ";
 
 /// Returns all records of a folder: those of `bench`, and the timings of `hardware-check`.
 ///
@@ -14,43 +18,37 @@ use std::path::{Path, PathBuf};
 /// When a file cannot be read.
 pub fn read_all(folder: &Path) -> Result<Records> {
     let mut records = Records::open(folder)?;
-    for value in timed(folder)? {
-        let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
-        let task = text("task");
-        let case = task.strip_prefix("timed: ").unwrap_or_default();
-        let measured = &value["measured"];
-        for (implementation, side) in [(OURS, "ours"), (CUBLAS, "cublas")] {
-            let Some(timing) = old_timing(&measured[side]) else {
+    for old in timed(folder)? {
+        let case = old.task.strip_prefix(TIMED).unwrap_or_default();
+        let floor = old.measured["floor_microseconds"].as_f64();
+        let bytes = bytes_of(case).unwrap_or(0.0);
+        let day = old.date.get(..10).unwrap_or_default();
+        for (implementation, side, version) in
+            [(OURS, "ours", &*old.commit), (CUBLAS, "cublas", "")]
+        {
+            let side = &old.measured[side];
+            let Some(timing) = old_timing(side) else {
                 continue;
             };
-            let floor = measured["floor_microseconds"].as_f64().map(|us| us * 1e-6);
-            let rate = measured[side]["tflops"].as_f64().unwrap_or(0.0) * 1e12;
-            let flops = rate * timing.seconds;
+            let rate = side["tflops"].as_f64().unwrap_or(0.0) * 1e12;
             records.insert(Record {
-                machine: text("gpu"),
+                machine: old.gpu.clone(),
                 device: "cuda".into(),
                 case: case.into(),
                 family: case.split(' ').next().unwrap_or_default().into(),
                 implementation: implementation.into(),
-                version: if side == "ours" {
-                    text("commit")
-                } else {
-                    String::new()
-                },
-                run: format!(
-                    "hardware-check, {}",
-                    &text("date").get(..10).unwrap_or_default()
-                ),
-                date: text("date"),
-                flops,
-                bytes: bytes_of(case).unwrap_or(0.0),
+                version: version.into(),
+                run: format!("hardware-check, {day}"),
+                date: old.date.clone(),
+                flops: rate * timing.seconds,
+                bytes,
                 timing: Some(timing),
-                floor_seconds: floor,
+                floor_seconds: floor.map(|us| us * 1e-6),
                 detail: "timed by hardware-check".into(),
-                system: text("system"),
-                driver: text("driver"),
-                before: value["before"].clone(),
-                after: value["after"].clone(),
+                system: old.system.clone(),
+                driver: old.driver.clone(),
+                before: old.before.clone(),
+                after: old.after.clone(),
             });
         }
     }
@@ -61,29 +59,12 @@ pub fn read_all(folder: &Path) -> Result<Records> {
 ///
 /// # Errors
 /// When a file cannot be read, or a line is not a record.
-pub(super) fn timed(folder: &Path) -> Result<Vec<Value>> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-    paths.sort();
-    let mut found = Vec::new();
-    for path in paths {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if !name.starts_with("hardware-") || !name.ends_with(".jsonl") {
-            continue;
-        }
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?;
-        for (i, line) in text.lines().enumerate() {
-            let value: Value = serde_json::from_str(line).map_err(|e| {
-                let place = format!("line {}: {e}", i + 1);
-                Error::file(&path, "one record a line", place, "remove the line")
-            })?;
-            let task = value["task"].as_str().unwrap_or_default();
-            if task.starts_with("timed: ") && value["ending"] == "passed" {
-                found.push(value);
-            }
-        }
-    }
-    Ok(found)
+pub(super) fn timed(folder: &Path) -> Result<Vec<hardware::Record>> {
+    let records = hardware::Records::open(folder)?;
+    let timed = |record: &&hardware::Record| {
+        record.task.starts_with(TIMED) && record.ending == Ending::Passed
+    };
+    Ok(records.iter().filter(timed).cloned().collect())
 }
 
 fn old_timing(side: &Value) -> Option<Measured> {

@@ -4,6 +4,7 @@
 //! Number i of tensor `t` of group `g` comes from SplitMix64, seeded with the FNV-1a hash of "g/t": the four 16-bit parts
 //! of output i are added, and the sum is centred and scaled to unit variance.
 
+use crate::verify::kernels::numbers::{Random, SPLITMIX_STEP};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -63,10 +64,7 @@ impl Inputs<'_> {
 
 /// Returns output i of SplitMix64.
 fn bits(seed: u64, i: u64) -> u64 {
-    let mut z = seed.wrapping_add((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
+    Random(seed.wrapping_add(i.wrapping_mul(SPLITMIX_STEP))).bits()
 }
 
 fn unit_normal(seed: u64, i: u64) -> f64 {

@@ -6,47 +6,34 @@
 
 use super::case::Layer;
 use super::inputs::{Inputs, unit_sum};
-use super::layer_steps::{At, Sizes, Step};
-use super::problem::{Kernels, part, whole};
+use super::layer_launches::Launches;
+use super::problem::Kernels;
 use crate::error::Result;
+use crate::kernels::cost::Sizes;
 use crate::kernels::grouped_swiglu::dot_columns;
 use crate::kernels::launchers::{Launchers, TILE_AUTO};
 use crate::kernels::{dispatch, router, router_backward};
 use crate::tensor::dtype::DType;
 use crate::verify::kernels::{Buffer, Launch, Machine};
 
-fn forward(default: bool) -> Vec<Step> {
-    let mut steps = vec![
-        Step::Router,
-        Step::Dispatch,
-        Step::SortX,
-        Step::GateUp,
-        Step::Down(default),
-    ];
-    steps.extend(default.then_some(Step::Means));
-    steps.push(Step::Combine(default));
-    steps
-}
-
-fn backward(default: bool) -> Vec<Step> {
-    vec![
-        Step::SortDy(default),
-        Step::SwigluBackward,
-        Step::GateGradient(default),
-        Step::DownWeight,
-        Step::SortX,
-        Step::GateUpWeight,
-        Step::InputGradient,
-        Step::CombineDx,
-        Step::RouterBackward,
-    ]
-}
-
 /// Workspace sizes that the launchers request.
 struct Spaces {
     score_partials: usize,
     dispatch: usize,
+    dot_columns: usize,
     router_partials: usize,
+}
+
+impl Spaces {
+    fn new(launchers: &Launchers, s: &Sizes) -> Result<Self> {
+        let (tokens, experts, hidden) = (s.tokens, s.experts, s.hidden);
+        Ok(Self {
+            score_partials: router::partials(launchers, tokens, experts)?,
+            dispatch: dispatch::workspace(launchers, tokens, experts, s.slots)?,
+            dot_columns: dot_columns(launchers, s.rows, experts, hidden, s.ffn, TILE_AUTO)?,
+            router_partials: router_backward::workspace(launchers, tokens, experts, hidden)?,
+        })
+    }
 }
 
 /// Builds the layer's buffers; its parts are in the order of the group's cases.
@@ -54,75 +41,61 @@ struct Spaces {
 /// # Errors
 /// When a launcher does not support the sizes.
 pub fn build(machine: &dyn Machine, inputs: &Inputs, layer: &Layer) -> Result<Kernels> {
-    let s = layer.sizes();
-    let mut sizes = Sizes {
-        tokens: s.tokens,
-        rows: s.rows,
-        experts: s.experts,
-        hidden: s.hidden,
-        ffn: s.ffn,
-        top_k: s.slots,
-        dot_columns: 0,
-    };
-    let spaces = spaces(machine.launchers(), &mut sizes)?;
-    let buffers = buffers(inputs, layer, &sizes, &spaces);
-    let launch = |steps: Vec<Step>| -> Launch {
+    let sizes = layer.sizes();
+    let spaces = Spaces::new(machine.launchers(), &sizes)?;
+    let buffers = buffers(inputs, layer, &spaces);
+    let dot_columns = spaces.dot_columns;
+    let launch = |part: fn(&Launches) -> Result<()>| -> Launch {
         Box::new(move |p, stream| {
-            let mut steps = steps.iter();
-            steps.try_for_each(|&step| sizes.launch(step, p, stream))
+            part(&Launches {
+                sizes,
+                dot_columns,
+                p,
+                stream,
+            })
         })
     };
-    let all = forward(true).into_iter().chain(backward(true)).collect();
-    let parts = [
-        forward(false),
-        backward(false),
-        forward(true),
-        backward(true),
-        vec![Step::Router],
-        vec![Step::Combine(true)],
-        vec![Step::Means],
-        vec![Step::SortDy(true), Step::GateGradient(true)],
+    let parts: [fn(&Launches) -> Result<()>; 8] = [
+        |l| l.forward(false),
+        |l| l.backward(false),
+        |l| l.forward(true),
+        |l| l.backward(true),
+        |l| l.router(),
+        |l| l.combine(true),
+        |l| l.means(),
+        |l| {
+            l.sort_dy(true)?;
+            l.gate_gradient(true)
+        },
     ];
+    let whole = |l: &Launches| {
+        l.forward(true)?;
+        l.backward(true)
+    };
     let (bf16, f32) = (DType::Bf16, DType::F32);
-    Ok(Kernels {
-        whole: whole(inputs.0, buffers, launch(all)),
-        parts: parts.map(|steps| part(launch(steps))).into(),
-        outputs: vec![
-            (At::Y as usize, "y", bf16),
-            (At::Average as usize, "average", f32),
-            (At::Dx as usize, "dx", bf16),
-            (At::Drouter as usize, "drouter", f32),
-            (At::Ddown as usize, "ddown", f32),
-            (At::DgateUp as usize, "dgate_up", f32),
-        ],
-    })
+    let outputs = [
+        ("y", bf16),
+        ("average", f32),
+        ("dx", bf16),
+        ("drouter", f32),
+        ("ddown", f32),
+        ("dgate_up", f32),
+    ];
+    Ok(Kernels::new(
+        inputs.0,
+        buffers,
+        launch(whole),
+        parts.map(launch),
+        &outputs,
+    ))
 }
 
-fn spaces(launchers: &Launchers, sizes: &mut Sizes) -> Result<Spaces> {
-    let Sizes {
-        tokens,
-        rows,
-        experts,
-        hidden,
-        ffn,
-        top_k,
-        ..
-    } = *sizes;
-    sizes.dot_columns = dot_columns(launchers, rows, experts, hidden, ffn, TILE_AUTO)?;
-    Ok(Spaces {
-        score_partials: router::partials(launchers, tokens, experts)?,
-        dispatch: dispatch::workspace(launchers, tokens, experts, top_k)?,
-        router_partials: router_backward::workspace(launchers, tokens, experts, hidden)?,
-    })
-}
-
-fn buffers(inputs: &Inputs, layer: &Layer, sizes: &Sizes, spaces: &Spaces) -> Vec<Buffer> {
+fn buffers(inputs: &Inputs, layer: &Layer, spaces: &Spaces) -> Vec<Buffer> {
     let s = layer.sizes();
     let (t, d, f, e, r) = (s.tokens, s.hidden, s.ffn, s.experts, s.rows);
     let bf16 = |name, count, deviation| Buffer::input(name, &inputs.bf16(name, count, deviation));
     let choices = inputs.choices(&layer.counts, t);
     let space = Buffer::workspace;
-    // In the order of `At`.
     vec![
         bf16("x", t * d, 1.0),
         Buffer::input("router", &inputs.f32("router", e * d, unit_sum(d))),
@@ -153,7 +126,7 @@ fn buffers(inputs: &Inputs, layer: &Layer, sizes: &Sizes, spaces: &Spaces) -> Ve
         space("dy_rows", 2 * r * d),
         space("dh", 4 * r * f),
         space("weighted_a", 2 * r * f),
-        space("dots", 4 * r * sizes.dot_columns),
+        space("dots", 4 * r * spaces.dot_columns),
         space("dgates", 4 * t * e),
         Buffer::output("ddown", 4 * e * d * f),
         Buffer::output("dgate_up", 8 * e * f * d),

@@ -44,6 +44,9 @@ impl Clock for Events<'_> {
 /// One implementation of the work. The argument is how often to do the work; each repetition uses the next set of inputs.
 pub type Side<'a> = Box<dyn FnMut(usize) -> Result<()> + 'a>;
 
+/// Name of a peer: `Ok` if it has a side, otherwise the reason why it cannot run.
+pub type Peer = (&'static str, Result<(), String>);
+
 /// The number of samples and launches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Plan {

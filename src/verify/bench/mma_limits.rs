@@ -9,7 +9,7 @@ use super::case::{Set, Work};
 use super::groups::groups;
 use crate::device::machine::Chip;
 use crate::error::Result;
-use crate::report::page::{Cell, Table, replace_between};
+use crate::report::page::{Table, replace_between};
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 use std::path::Path;
 
@@ -79,15 +79,14 @@ fn limits() -> Table {
                 true => "tensor cores",
                 false => "shared memory",
             };
-            let row: [Cell; 6] = [
+            table.rows.push(vec![
                 format!("`{key}`").into(),
                 format!("{rows} x {COLUMNS}").into(),
                 format!("{tensor:.0}").into(),
                 format!("{shared:.0}").into(),
                 limit.into(),
                 format!("{:.0}%", 100.0 * tensor / tensor.max(shared)).into(),
-            ];
-            table.rows.push(row.into());
+            ]);
         }
     }
     table
@@ -164,14 +163,13 @@ fn estimates() -> Table {
             continue;
         }
         let found = on_a100(*product, shape);
-        let row: [Cell; 5] = [
+        table.rows.push(vec![
             format!("`{}`", group.name).into(),
             format!("{} x {COLUMNS}", found.tile_rows).into(),
             format!("{:.1}", found.waves).into(),
             format!("{:.0}%", 100.0 * found.share).into(),
             format!("{:.2}", found.share / CUBLAS_SHARE).into(),
-        ];
-        table.rows.push(row.into());
+        ]);
     }
     table
 }

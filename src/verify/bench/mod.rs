@@ -17,7 +17,7 @@ mod hardware_records;
 pub mod inputs;
 mod kernels;
 mod layer;
-mod layer_steps;
+mod layer_launches;
 pub mod measure;
 pub(crate) mod mma_limits;
 mod operations;
@@ -45,17 +45,14 @@ use session::Session;
 use std::path::Path;
 
 /// Checks whether this process has a GPU; returns a sentence with the reason if it has none.
-#[cfg(feature = "cuda")]
 fn gpu() -> Result<(), String> {
-    crate::device::cuda::gpu()
+    #[cfg(feature = "cuda")]
+    let found = crate::device::cuda::gpu()
         .map(drop)
-        .map_err(|e| e.to_string())
-}
-
-/// As with the feature `cuda`; always an error.
-#[cfg(not(feature = "cuda"))]
-fn gpu() -> Result<(), String> {
-    Err("this build has no cuda device: build with --features cuda".into())
+        .map_err(|e| e.to_string());
+    #[cfg(not(feature = "cuda"))]
+    let found = Err("this build has no cuda device: build with --features cuda".into());
+    found
 }
 
 /// Returns the devices to measure on, and a sentence with the reason if there is no GPU.

@@ -83,10 +83,8 @@ impl<'a> Report<'a> {
                 name: "summary",
                 title: "Summary",
                 shows: "Geometric means over the shapes of a kernel; above 1, routegrad is faster than the peer.",
-                formula: "",
-                notes: Vec::new(),
                 table: all,
-                figure: None,
+                ..Section::default()
             });
         }
         if let Some(ceilings) = self.ceilings() {
@@ -96,8 +94,8 @@ impl<'a> Report<'a> {
                 shows: "Each point is a kernel with one shape. The lines are the measured peak rates of the machine.",
                 formula: "floor = max(FLOPs / product's rate, bytes / copy's rate)",
                 notes: vec![format!("The peak rates are those of {}.", ceilings.of)],
-                table: Table::default(),
                 figure: Some(figures::roofline(&self.view, &ceilings)?),
+                ..Section::default()
             });
         }
         sections.push(self.ratios()?);
@@ -136,10 +134,10 @@ impl<'a> Report<'a> {
             name: "ratios",
             title: "Comparison with peers",
             shows: "Medians of interleaved runs with the same inputs; above 1, routegrad is faster.",
-            formula: "",
             notes,
             table,
             figure: (!figures.is_empty()).then_some(figures),
+            ..Section::default()
         })
     }
 
@@ -178,10 +176,8 @@ impl<'a> Report<'a> {
             shows: "FLOPs are those of the mathematical definition; bytes are those that must be moved at least once. \
                     Spread is the interquartile range divided by the median; repeat is the time of the slower pass divided by that \
                     of the faster.",
-            formula: "",
-            notes: Vec::new(),
             table,
-            figure: None,
+            ..Section::default()
         }
     }
 
@@ -216,10 +212,9 @@ impl<'a> Report<'a> {
             name: "missing",
             title: "Cases that could not run",
             shows: "A peer that is listed neither here nor above was not tried.",
-            formula: "",
             notes,
             table,
-            figure: None,
+            ..Section::default()
         }
     }
 
@@ -271,10 +266,8 @@ impl<'a> Report<'a> {
             name: "machine",
             title: "The machine",
             shows: "Clocks in MHz, temperature in °C, power in W, smallest and largest value that nvidia-smi reported before and after each case.",
-            formula: "",
-            notes: Vec::new(),
             table,
-            figure: None,
+            ..Section::default()
         }
     }
 

@@ -5,10 +5,12 @@
 //! addition (launch, last stores): `T = w (a K + b) + c`. The three coefficients are at least 0 and are fitted to all
 //! recorded timings of one product, tile and compiled code by least squares of relative errors.
 
+use super::hardware_records::TIMED;
 use super::step_costs::Product;
 use crate::device::machine::{Chip, H200_MULTIPROCESSORS, h200};
 use crate::error::{Error, Result};
 use crate::report::page::{Cell, Table, replace_between};
+use crate::verify::hardware::record::Record;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -35,6 +37,8 @@ struct Timing {
     inner: f64,
     flops: f64,
     seconds: f64,
+    /// Relative error of the fit to all other timings.
+    unseen: f64,
 }
 
 impl Timing {
@@ -61,6 +65,7 @@ impl Timing {
             inner: inner as f64,
             flops: 2.0 * (p.rows * p.n * p.k) as f64,
             seconds: 0.0,
+            unseen: f64::NAN,
         })
     }
 
@@ -156,55 +161,46 @@ fn solved(mut rows: Vec<Vec<f64>>) -> Option<Vec<f64>> {
     Some(solution)
 }
 
-/// The timings of one product, tile and compiled code; their fit; and for each timing the prediction of a fit without it.
+/// The timings of one product, tile and compiled code, and their fit.
 struct FittedTimings {
     launcher: String,
     timings: Vec<Timing>,
     fit: Fit,
-    left_out: Vec<f64>,
 }
 
 impl FittedTimings {
-    fn of((launcher, timings): (String, Vec<Timing>)) -> Option<FittedTimings> {
+    fn of((launcher, mut timings): (String, Vec<Timing>)) -> Option<FittedTimings> {
         let all: Vec<&Timing> = timings.iter().collect();
         let fit = Fit::of(&all)?;
-        let without = |i: usize| {
-            let others: Vec<&Timing> = all
-                .iter()
-                .enumerate()
-                .filter(|(j, _)| *j != i)
-                .map(|(_, t)| *t)
-                .collect();
-            Fit::of(&others).map_or(f64::NAN, |fit| fit.error(all[i]))
-        };
-        let left_out = (0..all.len()).map(without).collect();
+        let unseen = (0..all.len()).map(|i| {
+            let mut others = all.clone();
+            let left_out = others.remove(i);
+            Fit::of(&others).map_or(f64::NAN, |fit| fit.error(left_out))
+        });
+        let unseen: Vec<f64> = unseen.collect();
+        for (timing, unseen) in timings.iter_mut().zip(unseen) {
+            timing.unseen = unseen;
+        }
         Some(FittedTimings {
             launcher,
             timings,
             fit,
-            left_out,
         })
     }
 }
 
-/// A timing and its prediction.
-#[derive(Clone, Copy)]
-struct Prediction<'a> {
-    timing: &'a Timing,
-    fit: &'a Fit,
-    /// Relative error of the fit to all other timings.
-    unseen: f64,
-}
+/// A timing and the fit that predicts it.
+type Prediction<'a> = (&'a Timing, &'a Fit);
 
 /// Returns the number of timings, the largest error of their fits, and the largest error of a timing that was left out of
 /// its fit; errors in percent.
 fn errors<'a>(all: impl Iterator<Item = Prediction<'a>>) -> (usize, f64, f64) {
-    all.fold((0, 0.0, 0.0), |(count, fitted, unseen), prediction| {
+    all.fold((0, 0.0, 0.0), |(count, fitted, unseen), (timing, fit)| {
         let worse = |most: f64, error: f64| most.max(100.0 * error.abs());
         (
             count + 1,
-            worse(fitted, prediction.fit.error(prediction.timing)),
-            worse(unseen, prediction.unseen),
+            worse(fitted, fit.error(timing)),
+            worse(unseen, timing.unseen),
         )
     })
 }
@@ -215,19 +211,16 @@ pub struct Model {
 }
 
 impl Model {
-    /// Fits the timings on an H200 among `records`, which are lines of `hardware-check`'s files.
+    /// Fits the timings on an H200 among `records`.
     ///
     /// # Errors
     /// When no product has enough timings.
-    pub fn new(records: &[Value]) -> Result<Self> {
+    pub fn new(records: &[Record]) -> Result<Self> {
         let mut groups: BTreeMap<(String, String, String), Vec<Timing>> = BTreeMap::new();
-        for record in records.iter().filter(|r| r["gpu"] == h200().name) {
-            for (product, timing) in timings(record) {
-                let code = record["code"].as_str().unwrap_or_default().to_string();
-                groups
-                    .entry((product, timing.tile.clone(), code))
-                    .or_default()
-                    .push(timing);
+        for record in records.iter().filter(|r| r.gpu == h200().name) {
+            for (product, timing) in timings(record).into_iter().flatten() {
+                let key = (product, timing.tile.clone(), record.code.clone());
+                groups.entry(key).or_default().push(timing);
             }
         }
         let enough = groups
@@ -258,22 +251,16 @@ impl Model {
 
     /// Returns the predictions for all timings.
     fn predictions(&self) -> impl Iterator<Item = Prediction<'_>> {
-        self.fitted.iter().flat_map(|fitted| {
-            let each = fitted.timings.iter().zip(&fitted.left_out);
-            each.map(|(timing, unseen)| Prediction {
-                timing,
-                fit: &fitted.fit,
-                unseen: *unseen,
-            })
-        })
+        let fitted = self.fitted.iter();
+        fitted.flat_map(|f| f.timings.iter().map(move |timing| (timing, &f.fit)))
     }
 
     /// Returns for each case the prediction for its fastest tile.
     fn fastest(&self) -> impl Iterator<Item = Prediction<'_>> {
         let mut fastest: BTreeMap<&str, Prediction> = BTreeMap::new();
         for prediction in self.predictions() {
-            let best = fastest.entry(&prediction.timing.case).or_insert(prediction);
-            if prediction.timing.seconds < best.timing.seconds {
+            let best = fastest.entry(&prediction.0.case).or_insert(prediction);
+            if prediction.0.seconds < best.0.seconds {
                 *best = prediction;
             }
         }
@@ -295,12 +282,7 @@ impl Model {
             "launch",
             "limit",
         ]);
-        for Prediction {
-            timing,
-            fit,
-            unseen,
-        } in self.fastest()
-        {
+        for (timing, fit) in self.fastest() {
             let seconds = fit.seconds(timing);
             let share = |part: f64| Cell::from(format!("{:.0}%", 100.0 * part / seconds));
             let error = |e: f64| Cell::from(format!("{:+.1}%", 100.0 * e));
@@ -313,7 +295,7 @@ impl Model {
                 micro(timing.seconds),
                 micro(seconds),
                 error(fit.error(timing)),
-                error(unseen),
+                error(timing.unseen),
                 share(timing.flops / h200().peak),
             ];
             row.extend(losses.iter().map(|(_, part)| share(*part)));
@@ -348,31 +330,17 @@ impl Model {
     }
 }
 
-/// Returns the timings in a record: (launcher, timing) for each tile.
-fn timings(record: &Value) -> Vec<(String, Timing)> {
-    let measured = &record["measured"];
-    let case = record["task"]
-        .as_str()
-        .and_then(|task| task.strip_prefix("timed: "));
-    let tiles = measured["microseconds_of_each_tile"].as_object();
-    let number = |key: &str| measured[key].as_f64();
-    let (Some(case), Some(tiles), Some(rows), Some(groups), Some(n), Some(k)) = (
-        case,
-        tiles,
-        number("rows"),
-        number("experts"),
-        number("n"),
-        number("k"),
-    ) else {
-        return Vec::new();
-    };
-    let launcher = case.split(' ').next().unwrap_or_default();
+/// Returns the timings in a record: (launcher, timing) for each tile; `None` if it is not a record of a product.
+fn timings(record: &Record) -> Option<Vec<(String, Timing)>> {
+    let case = record.task.strip_prefix(TIMED)?;
+    let launcher = case.split(' ').next()?;
+    let number = |key: &str| record.measured[key].as_f64().map(|n| n as usize);
     // The groups of the timed cases are equal.
     let product = Product {
-        rows: rows as usize,
-        groups: groups as usize,
-        n: n as usize,
-        k: k as usize,
+        rows: number("rows")?,
+        groups: number("experts")?,
+        n: number("n")?,
+        k: number("k")?,
     };
     let timing = |(tile, microseconds): (&String, &Value)| {
         let timing = Timing {
@@ -382,7 +350,8 @@ fn timings(record: &Value) -> Vec<(String, Timing)> {
         };
         Some((launcher.to_string(), timing))
     };
-    tiles.iter().filter_map(timing).collect()
+    let tiles = record.measured["microseconds_of_each_tile"].as_object()?;
+    Some(tiles.iter().filter_map(timing).collect())
 }
 
 #[cfg(test)]
@@ -400,6 +369,7 @@ mod tests {
             inner,
             flops: 1.0,
             seconds: waves * (a * inner + b) + c,
+            unseen: f64::NAN,
         };
         for coefficients in [[1e-8, 2e-6, 3e-6], [1e-8, 0.0, 3e-6], [1e-8, 2e-6, 0.0]] {
             let sizes = [

@@ -3,7 +3,7 @@
 //! of the simulator.
 
 use crate::config::count::flops_per_token;
-use crate::config::{Config, Layers};
+use crate::config::{Config, Layers, ModelConfig};
 use crate::device::machine::{Chip, h200};
 use crate::error::{Error, Result};
 use crate::kernels::cost::{Cost, Sizes};
@@ -35,37 +35,6 @@ const SORT_WITH_DOTS_SHARE: f64 = 0.65;
 /// Name of the kernel that sorts dy: `embedding_forward`, or `default_dots` for the router `default`.
 pub(super) const SORT_OF_DY: &str = "embedding_forward (default_dots), rows of dy";
 
-/// One kernel of the layer, with its costs for `topk` and for `default`.
-struct Kernel {
-    name: &'static str,
-    topk: Option<Cost>,
-    default: Option<Cost>,
-}
-
-impl Kernel {
-    fn both(name: &'static str, cost: Cost) -> Self {
-        Self {
-            name,
-            topk: Some(cost),
-            default: Some(cost),
-        }
-    }
-    fn of(name: &'static str, topk: Cost, default: Cost) -> Self {
-        Self {
-            name,
-            topk: Some(topk),
-            default: Some(default),
-        }
-    }
-    fn default_only(name: &'static str, cost: Cost) -> Self {
-        Self {
-            name,
-            topk: None,
-            default: Some(cost),
-        }
-    }
-}
-
 /// Lower bounds in seconds: for `topk`, and for the work that `default` adds.
 #[derive(Clone, Copy, Debug, Default)]
 struct Floor {
@@ -74,16 +43,7 @@ struct Floor {
 }
 
 impl Floor {
-    fn of(kernel: &Kernel, chip: &Chip) -> Self {
-        let floor = |cost: Option<Cost>| cost.map_or(0.0, |c| c.floor_on(chip));
-        let topk = floor(kernel.topk);
-        Self {
-            topk,
-            added: floor(kernel.default) - topk,
-        }
-    }
-
-    fn sum(floors: impl IntoIterator<Item = Floor>) -> Self {
+    fn sum<'a>(floors: impl IntoIterator<Item = &'a Floor>) -> Self {
         floors.into_iter().fold(Self::default(), |a, b| Self {
             topk: a.topk + b.topk,
             added: a.added + b.added,
@@ -146,8 +106,21 @@ pub fn dot_columns(s: &Sizes) -> Result<usize> {
     Ok(Plan::new(s, h200())?.dot_columns)
 }
 
-/// Returns the name and cost of each kernel in a layer's forward and backward, in order, for `default` or `topk`, with weight
-/// gradients accumulated or assigned. If a kernel runs more than once, its purpose follows its name after a comma.
+/// Returns the sizes of an MoE layer of a model for a micro-batch of `tokens` tokens.
+pub(super) fn layer_sizes(model: &ModelConfig, tokens: usize) -> Sizes {
+    Sizes {
+        tokens,
+        hidden: model.hidden,
+        ffn: model.expert_ffn_width,
+        experts: model.num_experts,
+        slots: model.top_k,
+        rows: tokens * model.top_k,
+    }
+}
+
+/// Returns the name and cost of each kernel in a layer's forward and backward, in order, for `default` or `topk`. If a
+/// kernel runs more than once, its purpose follows its name after a comma. The gradient of x through the router is
+/// accumulated; so are, with `accumulate`, the weight gradients: in every micro-batch of a step except the first.
 ///
 /// # Errors
 /// As [`dot_columns`].
@@ -155,18 +128,8 @@ pub(super) fn layer_costs(
     s: &Sizes,
     default: bool,
     accumulate: bool,
+    chip: &Chip,
 ) -> Result<[Vec<(&'static str, Cost)>; 2]> {
-    let named = |kernel: &Kernel| {
-        let cost = if default { kernel.default } else { kernel.topk };
-        Some((kernel.name, cost?))
-    };
-    let passes = layer(s, accumulate, h200())?;
-    Ok(passes.map(|kernels| kernels.iter().filter_map(named).collect()))
-}
-
-/// Returns the kernels of a layer's forward and backward, in order. The gradient of x through the router is accumulated; so are
-/// weight gradients in every micro-batch of a step except the first.
-fn layer(s: &Sizes, accumulate: bool, chip: &Chip) -> Result<[Vec<Kernel>; 2]> {
     let Sizes {
         hidden,
         ffn,
@@ -176,53 +139,46 @@ fn layer(s: &Sizes, accumulate: bool, chip: &Chip) -> Result<[Vec<Kernel>; 2]> {
     } = *s;
     let plan = Plan::new(s, chip)?;
     let dots = plan.dot_columns;
+    let weight_gradient = |n, k| GroupedGemmWeightGradient::cost(rows, experts, n, k, accumulate);
     let sort = EmbeddingForward::cost(rows, s.tokens, hidden);
-    let forward = vec![
-        Kernel::both("router_forward", RouterForward::cost(s)),
-        Kernel::both("dispatch_choices", DispatchChoices::cost(s)),
-        Kernel::both("embedding_forward, rows of x", sort),
-        Kernel::both("grouped_swiglu_forward", GroupedSwigluForward::cost(s)),
-        Kernel::of(
-            "grouped_down_forward",
-            GroupedDownForward::cost(s, false),
-            GroupedDownForward::cost(s, true),
-        ),
-        Kernel::default_only("expert_mean", ExpertMean::cost(s)),
-        Kernel::of(
-            "combine",
-            Combine::cost(s, true, false, false),
-            Combine::cost(s, true, true, false),
-        ),
+    let sort_of_dy = match default {
+        true => DefaultDots::cost(s, true),
+        false => sort,
+    };
+    let mut forward = vec![
+        ("router_forward", RouterForward::cost(s)),
+        ("dispatch_choices", DispatchChoices::cost(s)),
+        ("embedding_forward, rows of x", sort),
+        ("grouped_swiglu_forward", GroupedSwigluForward::cost(s)),
+        ("grouped_down_forward", GroupedDownForward::cost(s, default)),
     ];
+    forward.extend(default.then(|| ("expert_mean", ExpertMean::cost(s))));
+    forward.push(("combine", Combine::cost(s, true, default, false)));
     let backward = vec![
-        Kernel::of(SORT_OF_DY, sort, DefaultDots::cost(s, true)),
-        Kernel::both(
+        (SORT_OF_DY, sort_of_dy),
+        (
             "grouped_swiglu_backward",
             GroupedSwigluBackward::cost(s, dots),
         ),
-        Kernel::both(
+        (
             "grouped_gemm_weight_gradient, down",
-            GroupedGemmWeightGradient::cost(rows, experts, hidden, ffn, accumulate),
+            weight_gradient(hidden, ffn),
         ),
-        Kernel::both("embedding_forward, rows of x", sort),
-        Kernel::both(
+        ("embedding_forward, rows of x", sort),
+        (
             "grouped_gemm_weight_gradient, gate and up",
-            GroupedGemmWeightGradient::cost(rows, experts, 2 * ffn, hidden, accumulate),
+            weight_gradient(2 * ffn, hidden),
         ),
-        Kernel::both(
+        (
             "grouped_gemm_input_gradient",
             GroupedGemmInputGradient::cost(rows, experts, 2 * ffn, hidden),
         ),
-        Kernel::both(
+        (
             "combine, of the gradient of x",
             Combine::cost(s, false, false, false),
         ),
-        Kernel::of(
-            "gate_gradient",
-            GateGradient::cost(s, false, dots),
-            GateGradient::cost(s, true, dots),
-        ),
-        Kernel::both(
+        ("gate_gradient", GateGradient::cost(s, default, dots)),
+        (
             "router_backward",
             RouterBackward::cost(s, true, plan.router_partials),
         ),
@@ -232,40 +188,49 @@ fn layer(s: &Sizes, accumulate: bool, chip: &Chip) -> Result<[Vec<Kernel>; 2]> {
 
 /// One column: a model with one expert setting.
 struct Column {
-    kernels: [Vec<Kernel>; 2],
+    /// The lower bounds of the kernels in forward and in backward.
+    floors: [Vec<(&'static str, Floor)>; 2],
     moe_layers: usize,
-    chip: &'static Chip,
     /// Seconds of one micro-batch, at half of the dense bf16 peak.
     step_seconds: f64,
     sizes: Sizes,
 }
 
-fn column(preset: &str, experts: &str, tokens: usize, chip: &'static Chip) -> Result<Column> {
+fn column(preset: &str, experts: &str, tokens: usize, chip: &Chip) -> Result<Column> {
     let mut layers = Layers::preset(preset);
     layers.experts = Some(experts.into());
     let model = Config::load(&layers, &|_| Ok(()))?.model;
-    let sizes = Sizes {
-        tokens,
-        hidden: model.hidden,
-        ffn: model.expert_ffn_width,
-        experts: model.num_experts,
-        slots: model.top_k,
-        rows: tokens * model.top_k,
-    };
+    let sizes = layer_sizes(&model, tokens);
+    let topk = layer_costs(&sizes, false, true, chip)?;
+    let default = layer_costs(&sizes, true, true, chip)?;
+    let floors = [0, 1].map(|pass| {
+        let kernels = default[pass].iter().map(|(name, cost)| {
+            let same = topk[pass].iter().find(|(other, _)| other == name);
+            let topk = same.map_or(0.0, |(_, cost)| cost.floor_on(chip));
+            let added = cost.floor_on(chip) - topk;
+            (*name, Floor { topk, added })
+        });
+        kernels.collect()
+    });
     Ok(Column {
-        kernels: layer(&sizes, true, chip)?,
-        chip,
+        floors,
         moe_layers: model.layers - model.dense_layers.len(),
         step_seconds: tokens as f64 * flops_per_token(&model) as f64 / (0.5 * chip.peak),
         sizes,
     })
 }
 
+impl Column {
+    fn layer(&self) -> Floor {
+        Floor::sum(self.floors.iter().flatten().map(|(_, floor)| floor))
+    }
+}
+
 /// Returns the page in Markdown: one table per preset, for micro-batches of `tokens` tokens on a GPU.
 ///
 /// # Errors
 /// When a preset does not exist, or the number of tokens is 0 or larger than the kernels support.
-pub fn page(presets: &[&str], tokens: usize, chip: &'static Chip) -> Result<String> {
+pub fn page(presets: &[&str], tokens: usize, chip: &Chip) -> Result<String> {
     if !(1..=1 << 24).contains(&tokens) {
         let got = tokens.to_string();
         let help = format!("the micro-batches of the page in docs/ have {TOKENS}");
@@ -280,12 +245,6 @@ pub fn page(presets: &[&str], tokens: usize, chip: &'static Chip) -> Result<Stri
         table(&mut page, preset, tokens, &columns);
     }
     Ok(page)
-}
-
-impl Column {
-    fn floor<'a>(&self, kernels: impl IntoIterator<Item = &'a Kernel>) -> Floor {
-        Floor::sum(kernels.into_iter().map(|k| Floor::of(k, self.chip)))
-    }
 }
 
 fn introduction(chip: &Chip) -> String {
@@ -333,19 +292,19 @@ fn table(page: &mut String, preset: &str, tokens: usize, columns: &[Column]) {
     row("kernel", EXPERTS.map(str::to_owned).to_vec());
     row("---", vec!["---".into(); columns.len()]);
     for (pass, name) in ["**forward**", "**backward**"].into_iter().enumerate() {
-        for (i, kernel) in columns[0].kernels[pass].iter().enumerate() {
+        for (i, (kernel, _)) in columns[0].floors[pass].iter().enumerate() {
             row(
-                &format!("`{}`", kernel.name),
-                cells(&|c| Floor::of(&c.kernels[pass][i], c.chip).cell()),
+                &format!("`{kernel}`"),
+                cells(&|c| c.floors[pass][i].1.cell()),
             );
         }
-        row(name, cells(&|c| c.floor(&c.kernels[pass]).cell()));
+        let floor = |c: &Column| Floor::sum(c.floors[pass].iter().map(|(_, floor)| floor));
+        row(name, cells(&|c| floor(c).cell()));
     }
-    let whole = |c: &Column| c.floor(c.kernels.iter().flatten());
-    row("**layer**", cells(&|c| whole(c).cell()));
+    row("**layer**", cells(&|c| c.layer().cell()));
     row(
         "`default` adds to the layer",
-        cells(&|c| format!("{:.2}%", 100.0 * whole(c).added / whole(c).topk)),
+        cells(&|c| format!("{:.2}%", 100.0 * c.layer().added / c.layer().topk)),
     );
     row(
         "step, milliseconds",
@@ -359,12 +318,13 @@ fn table(page: &mut String, preset: &str, tokens: usize, columns: &[Column]) {
     };
     row(
         "`default` adds to the step",
-        cells(&|c| of_step(c, whole(c).added)),
+        cells(&|c| of_step(c, c.layer().added)),
     );
     let predicted = |c: &Column| {
-        let sorts = c.kernels.iter().flatten().filter(|k| k.name == SORT_OF_DY);
-        let slower = c.floor(sorts).topk * (1.0 / SORT_WITH_DOTS_SHARE - 1.0 / SORT_SHARE);
-        whole(c).added / PREDICTED_SHARE + slower + MORE_LAUNCHES * LAUNCH
+        let sort = c.floors[1].iter().find(|(name, _)| *name == SORT_OF_DY);
+        let sort = sort.map_or(0.0, |(_, floor)| floor.topk);
+        let slower = sort * (1.0 / SORT_WITH_DOTS_SHARE - 1.0 / SORT_SHARE);
+        c.layer().added / PREDICTED_SHARE + slower + MORE_LAUNCHES * LAUNCH
     };
     row("predicted", cells(&|c| of_step(c, predicted(c))));
 }
@@ -382,7 +342,7 @@ mod tests {
         assert!(page(slow).contains("max(FLOPs / 71e12, bytes / 0.936e12)"));
         let whole = |chip| {
             let column = column("557m", "8c1", 4096, chip).unwrap();
-            column.floor(column.kernels.iter().flatten()).topk
+            column.layer().topk
         };
         let ratio = whole(slow) / whole(h200());
         assert!(ratio > 4.3 / 0.936 && ratio < 790.0 / 71.0 * 1.2, "{ratio}");
@@ -390,10 +350,9 @@ mod tests {
 
     #[test]
     fn products_are_bound_by_compute_and_what_default_adds_by_memory() {
-        let column = column("7.33b", "8c1", TOKENS, h200()).unwrap();
+        let whole = column("7.33b", "8c1", TOKENS, h200()).unwrap().layer();
         // 2 T D · 3 F forward, twice that backward.
         let products = 18.0 * TOKENS as f64 * 2048.0 * 5632.0 / H200_FLOPS_PER_SECOND;
-        let whole = column.floor(column.kernels.iter().flatten());
         assert!(whole.topk > products && whole.topk < 1.15 * products);
         // Much less than the time of reading g once more.
         let read = 2.0 * TOKENS as f64 * 2048.0 / H200_BYTES_PER_SECOND;

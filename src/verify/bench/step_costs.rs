@@ -3,6 +3,7 @@
 
 use super::roofline;
 use crate::config::{Config, Norm, Recompute};
+use crate::device::machine::h200;
 use crate::error::{Error, Result};
 use crate::kernels::attention::AttentionSizes;
 use crate::kernels::cost::{Cost, Sizes};
@@ -238,16 +239,9 @@ impl StepCosts {
     fn experts(&mut self, config: &Config, tokens: usize, accumulate: bool) -> Result<()> {
         let m = &config.model;
         let times = m.layers - m.dense_layers.len();
-        let sizes = Sizes {
-            tokens,
-            hidden: m.hidden,
-            ffn: m.expert_ffn_width,
-            experts: m.num_experts,
-            slots: m.top_k,
-            rows: tokens * m.top_k,
-        };
+        let sizes = roofline::layer_sizes(m, tokens);
         let default = has_default_vectors(config);
-        let passes = roofline::layer_costs(&sizes, default, accumulate)?;
+        let passes = roofline::layer_costs(&sizes, default, accumulate, h200())?;
         for (name, cost) in passes.into_iter().flatten() {
             let launcher = match name.split([',', ' ']).next() {
                 Some(_) if default && name == roofline::SORT_OF_DY => "default_dots",
@@ -356,14 +350,13 @@ mod tests {
             for e in trace::finish().unwrap().entries {
                 found.insert(e.launcher, (e.launches, e.bytes));
             }
-            let counts = |all: Vec<(&'static str, usize)>| {
-                let all: BTreeMap<_, _> = all.into_iter().filter(|(_, n)| *n > 0).collect();
-                all
-            };
-            let listed = counts(step.0.iter().map(|(l, e)| (*l, e.count)).collect());
-            let launched: BTreeMap<_, _> = found.iter().map(|(l, e)| (*l, e.0)).collect();
-            let launched: BTreeMap<_, _> = launched.into_iter().filter(|(_, n)| *n > 0).collect();
-            assert_eq!(listed, launched, "{router}");
+            let listed = step.0.iter().map(|(l, e)| (*l, e.count));
+            let launched = found.iter().map(|(l, e)| (*l, e.0));
+            assert_eq!(
+                listed.filter(|(_, n)| *n > 0).collect::<BTreeMap<_, _>>(),
+                launched.filter(|(_, n)| *n > 0).collect::<BTreeMap<_, _>>(),
+                "{router}"
+            );
             // The gradients of a norm's parameters are part of the cost of the norm's backward.
             found.get_mut("norm_backward").unwrap().1 += found["norm_weight_gradient"].1;
             let (mut compared, mut wrong) = (0, Vec::new());

@@ -9,7 +9,7 @@ use super::step_costs::StepCosts;
 use crate::config::{Config, Layers, count};
 use crate::device::machine::h200;
 use crate::error::{Error, Result};
-use crate::report::page::{Table, replace_between};
+use crate::report::page::{Cell, Table, replace_between};
 use crate::routers;
 use crate::study::plan::{Target, plan};
 use crate::verify::hardware::record::{self, Ending, Records};
@@ -162,6 +162,7 @@ impl Predicted {
         micro_batch: usize,
     ) -> Result<Self> {
         let config = config(preset, router, micro_batch)?;
+        let tokens = config.train.sequences_per_step * config.model.sequence_length;
         let costs = StepCosts::of(&config)?;
         // 7.33b was not timed: its kernels are assumed to reach the same shares as those of 1.96b.
         let timed = if preset == "7.33b" { "1.96b" } else { preset };
@@ -209,7 +210,7 @@ impl Predicted {
             launchers: launchers.collect(),
             recorded: (timed == preset && micro_batch == RECORDED_MICRO_BATCH).then_some(recorded),
             measured: Recorded::since(records, preset, router, micro_batch),
-            flops: count::flops_per_token(&config.model) as f64 * tokens(&config),
+            flops: count::flops_per_token(&config.model) as f64 * tokens as f64,
             costs,
         })
     }
@@ -230,10 +231,6 @@ impl Predicted {
     fn share_of_peak(&self, seconds: f64) -> f64 {
         self.flops / seconds / h200().peak
     }
-}
-
-fn tokens(config: &Config) -> f64 {
-    (config.train.sequences_per_step * config.model.sequence_length) as f64
 }
 
 fn milliseconds(seconds: f64) -> String {
@@ -348,26 +345,21 @@ fn kernels(topk: &Predicted, default: &Predicted) -> Table {
         let measured = step.measured_of(name);
         let floor = step.costs.0.get(name).map(|l| l.floor);
         let predicted = step.launchers.get(name);
-        let cell = |seconds: Option<&f64>| seconds.map_or("–".to_string(), |s| milliseconds(*s));
+        let cell = |seconds: Option<&f64>| -> Cell {
+            seconds.map_or("–".into(), |s| milliseconds(*s).into())
+        };
         [cell(floor.as_ref()), cell(predicted), cell(measured)]
     };
     for name in names.into_iter().filter(|n| seconds(default, n) >= 1e-3) {
         let mut row = vec![format!("`{name}`").into()];
-        let both = [topk, default].map(|step| cells(step, name));
-        row.extend(both.into_iter().flatten().map(Into::into));
+        row.extend(cells(topk, name).into_iter().chain(cells(default, name)));
         table.rows.push(row);
     }
-    let between = [topk, default].map(|step| {
-        let dash = || "–".to_string();
-        [dash(), milliseconds(step.between()), dash()]
-    });
     let mut row = vec!["between kernels".into()];
-    row.extend(
-        between
-            .into_iter()
-            .flatten()
-            .map(|cell: String| cell.into()),
-    );
+    for step in [topk, default] {
+        let cells: [Cell; 3] = ["–".into(), milliseconds(step.between()).into(), "–".into()];
+        row.extend(cells);
+    }
     table.rows.push(row);
     table
 }

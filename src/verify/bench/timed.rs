@@ -3,12 +3,13 @@
 use super::case::{Case, Group, Work};
 use super::kernels;
 use super::problem::Kernels;
-use super::steps;
-use super::steps::Step;
+use super::steps::{self, Step};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::dtype::DType;
-use crate::verify::bench::measure::{Clock, Plan, Side, Timing, Wall, in_turn, interleaved};
+use crate::verify::bench::measure::{Clock, Peer, Plan, Side, Timing, Wall, in_turn, interleaved};
+#[cfg(feature = "cuda")]
+use crate::verify::bench::measure::{Events, replayed};
 use crate::verify::kernels::{Machine, Run, Simulator};
 use half::bf16;
 
@@ -31,10 +32,7 @@ impl Place<'_> {
     ) -> (Side<'a>, bool) {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = self.gpu {
-            return (
-                crate::verify::bench::measure::replayed(gpu, sets, launch),
-                true,
-            );
+            return (replayed(gpu, sets, launch), true);
         }
         (in_turn(sets, launch), false)
     }
@@ -57,8 +55,8 @@ pub struct Ready<'a> {
     pub clock: &'a dyn Clock,
     /// The sides: ours of each case, then those of the peers.
     pub sides: Vec<Side<'a>>,
-    /// Each peer in order: `Ok` if it has a side, otherwise the reason why it cannot run.
-    pub peers: Vec<(&'static str, Result<(), String>)>,
+    /// The peers, in order.
+    pub peers: Vec<Peer>,
     /// Sets of inputs, and whether our launches are replayed from graphs.
     pub sets: usize,
     /// Whether our launches are replayed from graphs.
@@ -111,7 +109,7 @@ pub fn visit(
         let gpu = crate::device::cuda::gpu()?;
         let place = Place {
             machine: gpu,
-            clock: &crate::verify::bench::measure::Events(gpu),
+            clock: &Events(gpu),
             cache: gpu.cache_bytes()?,
             gpu: Some(gpu),
         };
@@ -149,12 +147,19 @@ fn on_kernels(
         }
         let launch = |set: usize| runs[set].launch_as(part);
         let (side, graph) = place.side(sets, launch);
-        let mut sides = vec![side];
-        let peers = peers(place, group, &runs, &mut sides)?;
+        #[cfg(feature = "cuda")]
+        let (peers, theirs) = match (&group.work, place.gpu) {
+            (Work::Gemm { product, shape }, Some(gpu)) => {
+                super::cublas::sides(gpu, *product, shape, &runs)
+            }
+            _ => Default::default(),
+        };
+        #[cfg(not(feature = "cuda"))]
+        let (peers, theirs) = <(Vec<Peer>, Vec<Side>)>::default();
         visit(Ready {
             cases: vec![case],
             clock: place.clock,
-            sides,
+            sides: [side].into_iter().chain(theirs).collect(),
             peers,
             sets,
             graph,
@@ -163,8 +168,7 @@ fn on_kernels(
     Ok(())
 }
 
-/// Returns the number of sets of buffers: enough that a set is no longer in the cache when it is used again, if they fit
-/// in memory.
+/// Returns the number of sets of buffers that are used in turn, as many as fit in memory.
 fn sets(place: &Place, kernels: &Kernels, cases: &[Case]) -> usize {
     if place.cache == 0 {
         return 1;
@@ -174,14 +178,15 @@ fn sets(place: &Place, kernels: &Kernels, cases: &[Case]) -> usize {
     rotated(place.cache, least).min(room.max(2))
 }
 
-fn rotated(cache: usize, bytes: f64) -> usize {
+/// Returns a number of sets of inputs such that a set is no longer in the cache when it is used again.
+pub fn rotated(cache: usize, bytes: f64) -> usize {
     ((2.0 * cache as f64 / bytes).ceil() as usize + 1).clamp(2, 12)
 }
 
 /// Checks the outputs. Buffers start as NaN, so a remaining NaN shows that a kernel did not write it.
 fn look_at(run: &Run, kernels: &Kernels) -> Result<()> {
-    for (place, name, dtype) in &kernels.outputs {
-        let bytes = run.content(*place, LOOKED_AT)?;
+    for (name, dtype) in &kernels.outputs {
+        let bytes = run.content(name, LOOKED_AT)?;
         let numbers = numbers(&bytes, *dtype);
         if let Some(at) = numbers.iter().position(|x| x.is_nan()) {
             return Err(Error::NonFinite {
@@ -202,61 +207,6 @@ pub fn numbers(bytes: &[u8], dtype: DType) -> Vec<f32> {
         }
         _ => crate::verify::kernels::values(bytes),
     }
-}
-
-/// Adds the sides of libraries that do the same work in this process; each with the reason if it cannot run.
-#[cfg(feature = "cuda")]
-fn peers<'a>(
-    place: &Place<'a>,
-    group: &'a Group,
-    runs: &'a [Run<'a>],
-    sides: &mut Vec<Side<'a>>,
-) -> Result<Vec<(&'static str, Result<(), String>)>> {
-    use super::cublas::{batch, grouped};
-    use crate::device::cublas::Matmul;
-    let (Work::Gemm { product, shape }, Some(gpu)) = (&group.work, place.gpu) else {
-        return Ok(Vec::new());
-    };
-    let mut peers = Vec::new();
-    let batched =
-        batch(*product, shape).and_then(|batch| Matmul::started(gpu, batch, &runs[0].pointers()));
-    peers.push((
-        super::record::CUBLAS,
-        batched.map(|(matmul, cublas)| {
-            let launch = move |set: usize| {
-                let _workspace = &cublas;
-                matmul.launch(gpu, &runs[set].pointers())
-            };
-            sides.push(crate::verify::bench::measure::replayed(
-                gpu,
-                runs.len(),
-                launch,
-            ));
-        }),
-    ));
-    if shape.counts.len() > 1 {
-        let pointers: Vec<_> = runs.iter().map(Run::pointers).collect();
-        let grouped = grouped(gpu, *product, shape, &pointers);
-        peers.push((
-            super::record::CUBLAS_GROUPED,
-            grouped.map(|grouped| {
-                // It copies its sizes to the GPU at every launch, which a graph cannot capture.
-                sides.push(in_turn(runs.len(), move |set| grouped.launch(set)));
-            }),
-        ));
-    }
-    Ok(peers)
-}
-
-/// As with the feature `cuda`; there is no library to compare with.
-#[cfg(not(feature = "cuda"))]
-fn peers<'a>(
-    _place: &Place<'a>,
-    _group: &'a Group,
-    _runs: &'a [Run<'a>],
-    _sides: &mut Vec<Side<'a>>,
-) -> Result<Vec<(&'static str, Result<(), String>)>> {
-    Ok(Vec::new())
 }
 
 /// Prepares an operation on the CPU, or steps on a device with the routers in turn.
@@ -306,15 +256,11 @@ fn step_side(step: &Step, router: &str, device: Device) -> Result<Side<'static>>
 }
 
 /// Waits for the launches that a step leaves unfinished, so that the host's clock includes them.
-#[cfg(feature = "cuda")]
 fn finish(device: Device) -> Result<()> {
-    match device {
-        Device::Cuda => crate::device::cuda::gpu()?.finish(),
-        _ => Ok(()),
+    #[cfg(feature = "cuda")]
+    if device == Device::Cuda {
+        crate::device::cuda::gpu()?.finish()?;
     }
-}
-
-#[cfg(not(feature = "cuda"))]
-fn finish(_device: Device) -> Result<()> {
+    let _ = device;
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! gradient that lacks a term predicts a different change. To show that the check detects this, a fault can be planted in
 //! gradients that the CPU computes, which then replace those of the kernels.
 
-use super::{Directional, is_router, norm, random_batch, rounded};
+use super::{Directional, ends_of_movement, is_router, norm, random_batch, with_value};
 use crate::config::{Config, Layers};
 use crate::device::Device;
 use crate::dist::SingleRank;
@@ -14,7 +14,6 @@ use crate::model::batch::Batch;
 use crate::routers::{self, Pass, Phase, Surrogate};
 use crate::tape::check::normal_numbers;
 use crate::tape::{Gradients, Tape};
-use crate::tensor::Tensor;
 use crate::verify::fault::Fault;
 
 /// The largest relative error of a directional derivative of the loss that passes the check. The loss of the check's 120
@@ -161,16 +160,11 @@ impl ModelCheck {
             };
             let gradient = gradient.to_f64()?;
             let parameter = &model.parameters[i];
-            let (name, shape) = (parameter.name.clone(), parameter.value.shape());
-            let (exact, start) = (is_router(&name), parameter.value.to_f64()?);
+            let (name, start) = (parameter.name.clone(), parameter.value.to_f64()?);
+            let exact = is_router(&name);
             let (length, slope) = (norm(&start), norm(&gradient));
             let step = (CHANGE / (2.0 * slope * slope)).min(LONGEST * length / slope);
-            let moved = |sign: f64| -> Vec<f32> {
-                let pairs = start.iter().zip(&gradient);
-                let moved: Vec<f32> = pairs.map(|(s, g)| (s + sign * step * g) as f32).collect();
-                if exact { moved } else { rounded(&moved) }
-            };
-            let (up, down) = (moved(1.0), moved(-1.0));
+            let ends = ends_of_movement(&start, &gradient, step, exact);
             let predicting = match &faulty {
                 Some(store) => match store.get(i) {
                     Some(gradient) => gradient.to_f64()?,
@@ -178,24 +172,11 @@ impl ModelCheck {
                 },
                 None => gradient,
             };
-            let movement = up
-                .iter()
-                .zip(&down)
-                .map(|(u, d)| f64::from(*u) - f64::from(*d));
-            let predicted = movement.zip(&predicting).map(|(m, g)| m * g).sum();
-            let mut at = |values: &[f32]| -> Result<f64> {
-                let old = model.parameters[i].value.clone();
-                let moved = Tensor::from_slice(shape, values);
-                model.parameters[i].value.set(&moved);
-                let value = loss(&model, &batch, Phase::Frozen, None);
-                model.parameters[i].value = old;
-                value
+            let value = |values: &[f32]| {
+                let of = |model: &Model| loss(model, &batch, Phase::Frozen, None);
+                with_value(&mut model, i, values, of)
             };
-            found.push(Directional {
-                input: name,
-                predicted,
-                found: at(&up)? - at(&down)?,
-            });
+            found.push(Directional::of(name, ends, &predicting, value)?);
         }
         Ok(found)
     }

@@ -3,6 +3,7 @@
 
 use super::outcome::Outcome;
 use super::place::Place;
+use super::program::this_program;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::report::records::now;
@@ -63,8 +64,7 @@ fn command(place: &Place) -> Result<Command> {
         command.arg(&place.out);
         return Ok(command);
     }
-    let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
-    let mut command = Command::new(program);
+    let mut command = this_program()?;
     command.args(["bench", "--device", &place.device.to_string()]);
     command.args(["--budget", &format!("{SECONDS:.0}")]);
     command.arg("--out").arg(&place.out);

@@ -4,7 +4,7 @@
 
 use super::outcome::Outcome;
 use super::record::Ending;
-use super::steps::{WARM, uncaptured};
+use super::steps::{WARM, first_difference, uncaptured};
 use crate::config::Config;
 use crate::device::{Device, counters};
 use crate::dist::nccl;
@@ -21,8 +21,8 @@ const LONG: f64 = 0.05;
 
 /// A run of [`WARM`] steps and some more.
 struct Run {
+    /// Of the losses of each step, then of everything that is trained.
     digests: Vec<(String, blake3::Hash)>,
-    losses: Vec<u64>,
     seconds: Vec<f64>,
     replays: u64,
     uncaptured: Option<String>,
@@ -50,7 +50,13 @@ pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
     }
     let library = library.unwrap_or_default();
     let all = plain.iter().chain(&connected);
-    let differ = connected.iter().find_map(|with| differs(&plain[0], with));
+    let differ = |with: &Run| {
+        let what = first_difference(&plain[0].digests, &with.digests)?;
+        Some(format!(
+            "a run with NCCL's calls differs from one without, first in {what}"
+        ))
+    };
+    let differ = connected.iter().find_map(differ);
     let uncaptured = all.clone().find_map(|run| run.uncaptured.clone());
     let unreplayed = all.clone().any(|run| run.replays != steps);
     let unreplayed = unreplayed.then(|| "not every step replayed its graph".to_string());
@@ -95,39 +101,25 @@ fn run(config: &Config, connected: bool, steps: u64) -> Result<(Run, Option<Stri
         builder = builder.ranks(alone);
     }
     let mut training = builder.build()?;
-    let (mut losses, mut seconds) = (Vec::new(), Vec::new());
-    for step in 0..WARM + steps {
-        if step == WARM {
+    let (mut digests, mut seconds) = (Vec::new(), Vec::new());
+    for step in 1..=WARM + steps {
+        if step == WARM + 1 {
             counters::take();
         }
         let begun = Instant::now();
         let report = training.step()?;
         let numbers = [report.cross_entropy, report.auxiliary, report.gradient_norm];
-        losses.extend(numbers.map(f64::to_bits));
         seconds.push(begun.elapsed().as_secs_f64());
+        let hash = blake3::hash(&numbers.map(f64::to_le_bytes).concat());
+        digests.push((format!("losses and norm of step {step}"), hash));
     }
+    let replays = counters::take().replays;
+    digests.extend(training.digests()?);
     let found = Run {
-        replays: counters::take().replays,
-        digests: training.digests()?,
-        losses,
+        replays,
+        digests,
         seconds: seconds.split_off(WARM as usize),
         uncaptured: uncaptured(&training),
     };
     Ok((found, library))
-}
-
-/// Returns the name of the first value that differs between two runs.
-fn differs(a: &Run, b: &Run) -> Option<String> {
-    let loss = a.losses.iter().zip(&b.losses).position(|(a, b)| a != b);
-    let loss = loss.map(|i| format!("losses and norm of step {}", i / 3 + 1));
-    let array = || {
-        let mut pairs = a.digests.iter().zip(&b.digests);
-        pairs
-            .find(|(a, b)| a != b)
-            .map(|((name, _), _)| name.clone())
-    };
-    let what = loss.or_else(array)?;
-    Some(format!(
-        "a run with NCCL's calls differs from one without, first in {what}"
-    ))
 }

@@ -61,7 +61,12 @@ impl Curve {
     pub fn record(case: &StepCase) -> Result<Self> {
         let start = Instant::now();
         let losses = losses(case, Device::Cpu, case.steps, 1.0)?;
-        Ok(Curve {
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(Self::of(case, losses, seconds))
+    }
+
+    fn of(case: &StepCase, losses: Vec<f64>, seconds: f64) -> Self {
+        Curve {
             case: case.name.clone(),
             preset: case.preset.into(),
             set: case.set.clone(),
@@ -69,8 +74,8 @@ impl Curve {
             date: now(),
             commit: machine::commit(),
             processor: machine::processor(),
-            seconds: start.elapsed().as_secs_f64(),
-        })
+            seconds,
+        }
     }
 
     /// Reads the recorded curve of `case`.
@@ -195,16 +200,8 @@ mod tests {
     #[test]
     fn a_loss_that_ends_higher_or_in_nan_does_not_agree() {
         let case = &steps::curves()[0];
-        let curve = Curve {
-            case: case.name.clone(),
-            preset: case.preset.into(),
-            set: case.set.clone(),
-            losses: (0..100).map(|i| 5.0 - 0.02 * f64::from(i)).collect(),
-            date: String::new(),
-            commit: String::new(),
-            processor: String::new(),
-            seconds: 0.0,
-        };
+        let losses = (0..100).map(|i| 5.0 - 0.02 * f64::from(i)).collect();
+        let curve = Curve::of(case, losses, 0.0);
         assert_eq!(compared(&curve, &curve.losses).ending, Ending::Passed);
         for change in [0.98, 1.02, f64::NAN] {
             let mut losses = curve.losses.clone();

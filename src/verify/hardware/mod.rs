@@ -5,7 +5,6 @@
 //! only its own task. On the simulator, the tasks of complete steps run at a small size, which shows that they detect
 //! errors. [`status::table`] writes a table of what is proven.
 
-pub mod attention;
 mod benchmark;
 pub mod code;
 mod connects;
@@ -16,6 +15,7 @@ mod no_host_sync;
 mod outcome;
 mod place;
 mod process;
+mod program;
 pub mod record;
 mod resume;
 pub mod run_task;
@@ -72,18 +72,7 @@ pub fn check(options: &Options) -> Result<()> {
         ),
     }
     if options.list || gpu.is_err() {
-        for (i, task) in tasks.iter().enumerate() {
-            let needs = match task.needs.as_str() {
-                "" => String::new(),
-                needs => format!("  (needs {needs})"),
-            };
-            say!(
-                "{:4}  {:4.0} s  {}{needs}",
-                i + 1,
-                task.estimate,
-                task.name()
-            );
-        }
+        list(&tasks)?;
     }
     let gpu = match gpu {
         _ if options.list => return Ok(()),
@@ -98,7 +87,14 @@ pub fn check(options: &Options) -> Result<()> {
             ));
         }
     };
-    let mut visit = Visit::new(gpu, options.place.clone());
+    let mut visit = Visit {
+        gpu,
+        place: options.place.clone(),
+        commit: machine::commit(),
+        driver: machine::driver(),
+        system: machine::system(),
+        state: machine::state(),
+    };
     let start = Instant::now();
     let (mut ran, mut failed) = (0, 0);
     for (i, task) in tasks.iter().enumerate() {
@@ -123,14 +119,24 @@ pub fn check(options: &Options) -> Result<()> {
     if failed == 0 {
         return Ok(());
     }
-    let help = "their records name the faults; a difference between a kernel and the simulator is a bug in one of them";
-    let got = format!("{failed} that failed");
     Err(Error::invalid(
         "hardware-check",
         "every task to pass",
-        got,
-        help,
+        format!("{failed} that failed"),
+        "their records name the faults; a difference between a kernel and the simulator is a bug in one of them",
     ))
+}
+
+fn list(tasks: &[Task]) -> Result<()> {
+    for (i, task) in tasks.iter().enumerate() {
+        let needs = match task.needs.as_str() {
+            "" => String::new(),
+            needs => format!("  (needs {needs})"),
+        };
+        let (place, name) = (i + 1, task.name());
+        say!("{place:4}  {:4.0} s  {name}{needs}", task.estimate);
+    }
+    Ok(())
 }
 
 fn label(ending: Ending) -> &'static str {
@@ -144,30 +150,21 @@ fn label(ending: Ending) -> &'static str {
 
 /// Returns the tasks to run, in order, and the number of finished tasks.
 fn pending(options: &Options, records: &Records, gpu: Option<&str>) -> (Vec<Task>, usize) {
-    let wanted = |task: &Task| {
-        options
-            .only
-            .as_ref()
-            .is_none_or(|only| task.name().contains(only.as_str()))
-    };
+    let only = options.only.as_deref();
+    let wanted = |task: &Task| only.is_none_or(|only| task.name().contains(only));
     let ending = |task: &Task| {
         let key = (gpu?.to_string(), task.name(), code::code(task.source)?);
         Some(records.get(&key)?.ending)
     };
-    let all: Vec<Task> = task::queue(options.place.device)
-        .into_iter()
-        .filter(wanted)
-        .collect();
+    let queue = task::queue(options.place.device).into_iter();
+    let all: Vec<Task> = queue.filter(wanted).collect();
     let count = all.len();
     let again = |task: &Task| {
         options.again || matches!(ending(task), Some(Ending::Failed | Ending::TimedOut))
     };
-    let (untried, tried): (Vec<Task>, Vec<Task>) =
+    let (mut tasks, tried): (Vec<Task>, Vec<Task>) =
         all.into_iter().partition(|task| ending(task).is_none());
-    let tasks: Vec<Task> = untried
-        .into_iter()
-        .chain(tried.into_iter().filter(again))
-        .collect();
+    tasks.extend(tried.into_iter().filter(again));
     let done = count - tasks.len();
     (tasks, done)
 }
@@ -184,19 +181,6 @@ struct Visit {
 }
 
 impl Visit {
-    fn new(gpu: String, place: Place) -> Self {
-        let (commit, driver, system) = (machine::commit(), machine::driver(), machine::system());
-        let state = machine::state();
-        Self {
-            gpu,
-            place,
-            commit,
-            driver,
-            system,
-            state,
-        }
-    }
-
     /// Runs a task in its own process; returns no record if the remaining time ended before the time limit of the task.
     fn run(&mut self, task: &Task, remaining: f64) -> Result<Option<Record>> {
         let start = Instant::now();
@@ -229,6 +213,7 @@ impl Visit {
 #[cfg(test)]
 mod tests {
     use super::kind::Kind;
+    use super::record::tests::record;
     use super::*;
     use crate::device::Device;
     use std::path::PathBuf;
@@ -252,7 +237,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut records = Records::open(folder.path()).unwrap();
         let names = |records: &Records, options: &Options| {
-            pending(options, records, Some("GPU"))
+            pending(options, records, Some("NVIDIA H200"))
                 .0
                 .iter()
                 .map(Task::name)
@@ -264,22 +249,9 @@ mod tests {
             return; // without compiled code there are no keys
         }
         let mut add = |task: &str, ending, code: &str| {
-            let null = serde_json::Value::Null;
-            let text = String::new;
             records.insert(Record {
-                gpu: "GPU".into(),
-                task: task.into(),
-                code: code.into(),
                 ending,
-                detail: text(),
-                measured: null.clone(),
-                date: text(),
-                commit: text(),
-                driver: text(),
-                system: text(),
-                seconds: 0.0,
-                before: null.clone(),
-                after: null,
+                ..record(task, code, "")
             });
         };
         let code = &code::code("unit").unwrap();
@@ -290,17 +262,11 @@ mod tests {
         let left = names(&records, &options(None));
         assert_eq!(left.len(), all.len() - 2);
         assert_eq!((&left[0], left.last()), (&all[2], Some(&all[1])));
-        assert_eq!(
-            names(
-                &records,
-                &Options {
-                    again: true,
-                    ..options(None)
-                }
-            )
-            .len(),
-            all.len()
-        );
+        let again = Options {
+            again: true,
+            ..options(None)
+        };
+        assert_eq!(names(&records, &again).len(), all.len());
     }
 
     #[test]

@@ -3,7 +3,9 @@
 //! equals the planned amount.
 
 use super::outcome::Outcome;
-use super::steps::{WARM, memory_judged, planned, strict_trainer, uncaptured, unplanned};
+use super::steps::{
+    WARM, first_difference, memory_judged, planned, strict_trainer, uncaptured, unplanned,
+};
 use crate::config::Config;
 use crate::device::counters::{self, Counters};
 use crate::device::take_peak;
@@ -26,9 +28,8 @@ pub fn check(config: Config, planted: bool) -> Result<Outcome> {
     for _ in 0..WARM {
         training.step()?;
     }
-    let steps = [0, 1].map(|_| counted(&mut training, planted));
-    let [one, next] = steps;
-    let (one, next) = (one?.0, next?.0);
+    let one = counted(&mut training, planted)?.0;
+    let next = counted(&mut training, planted)?.0;
     let peak = (take_peak(device) - before) as u64;
     drop(held);
     let (memory, unfit) = memory_judged(peak, planned);
@@ -73,14 +74,9 @@ fn counted(training: &mut Trainer, planted: bool) -> Result<(Counters, StepRepor
 
 fn unsteady(one: Counters, next: Counters, graph: bool) -> Option<String> {
     let quiet = (one.reads, one.waits, one.allocations) == (0, 0, 0);
-    let done = match graph {
-        true => one.replays == 1 && one.launches == 0,
-        false => one.replays == 0 && one.launches > 0,
-    };
-    let how = if graph {
-        "replay its graph"
-    } else {
-        "launch its kernels"
+    let (done, how) = match graph {
+        true => (one.replays == 1 && one.launches == 0, "replay its graph"),
+        false => (one.replays == 0 && one.launches > 0, "launch its kernels"),
     };
     (!quiet || !done || one != next).then(|| {
         format!(
@@ -108,10 +104,9 @@ fn not_finite(training: &mut Trainer, planted: bool) -> Result<(Option<String>, 
         weight.change(|w| w.slice_mut::<f32>()[0] += 1.0);
     }
     let after = training.digests()?;
-    let changed = before.iter().zip(&after).find(|(a, b)| a != b);
-    let wrong = match (&refused, changed) {
+    let wrong = match (&refused, first_difference(&before, &after)) {
         (None, _) => Some("a step with a NaN in the embedding was accepted".into()),
-        (_, Some(((name, _), _))) => Some(format!("a refused step changed: {name}")),
+        (_, Some(name)) => Some(format!("a refused step changed: {name}")),
         _ => None,
     };
     // The next step must be the same as if the skipped step had not happened.

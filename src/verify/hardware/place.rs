@@ -18,28 +18,22 @@ pub struct Place {
 }
 
 /// Returns the name of the GPU that this process can use, or a sentence with the reason why there is none.
-#[cfg(feature = "cuda")]
 pub fn gpu_name() -> Result<String, String> {
     // The GPU is closed again immediately: each task opens it in its own process.
-    crate::device::cuda::Gpu::open().map(|gpu| gpu.name.clone())
-}
-
-/// Always an error, since this build does not support GPUs.
-#[cfg(not(feature = "cuda"))]
-pub fn gpu_name() -> Result<String, String> {
-    Err("this build has no cuda device: build with --features cuda".into())
+    #[cfg(feature = "cuda")]
+    let name = crate::device::cuda::Gpu::open().map(|gpu| gpu.name.clone());
+    #[cfg(not(feature = "cuda"))]
+    let name = Err("this build has no cuda device: build with --features cuda".into());
+    name
 }
 
 /// Returns the number of GPUs.
-#[cfg(feature = "cuda")]
 pub fn gpu_count() -> Result<usize, String> {
-    crate::device::cuda::Gpu::count()
-}
-
-/// Always an error, since this build does not support GPUs.
-#[cfg(not(feature = "cuda"))]
-pub fn gpu_count() -> Result<usize, String> {
-    gpu_name().map(|_| 0)
+    #[cfg(feature = "cuda")]
+    let count = crate::device::cuda::Gpu::count();
+    #[cfg(not(feature = "cuda"))]
+    let count = gpu_name().map(|_| 0);
+    count
 }
 
 /// Returns the GPU's name for records. If a Hopper GPU runs the kernels for GPUs without wgmma (`ROUTEGRAD_ARCHS=90`), the

@@ -3,14 +3,14 @@
 use super::kind::Kind;
 use super::outcome::Outcome;
 use super::place::Place;
+use super::program::{last_lines, start, this_program};
 use super::record::Ending;
 use super::task::Task;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use serde_json::json;
-use std::fs;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -23,31 +23,21 @@ const FOUND: i32 = 86;
 /// # Errors
 /// When this program cannot be started as a child process.
 pub fn in_child(task: &Task, place: &Place, limit: f64) -> Result<Outcome> {
-    let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
+    let mut command = this_program()?;
     // The sanitizers run the same check that otherwise compares results.
-    let mut command = match task.kind {
-        Kind::Memcheck | Kind::Racecheck => match sanitizer() {
-            Some(path) => {
-                let mut command = Command::new(path);
-                let tool = if task.kind == Kind::Memcheck {
-                    "memcheck"
-                } else {
-                    "racecheck"
-                };
-                command
-                    .args(["--tool", tool, "--error-exitcode", &FOUND.to_string()])
-                    .arg(&program);
-                command
-            }
-            None => {
-                return Ok(Outcome::new(
-                    Ending::Unavailable,
-                    "compute-sanitizer is not installed",
-                ));
-            }
-        },
-        _ => Command::new(&program),
-    };
+    let sanitized = matches!(task.kind, Kind::Memcheck | Kind::Racecheck);
+    if sanitized {
+        let Some(path) = sanitizer() else {
+            let why = "compute-sanitizer is not installed";
+            return Ok(Outcome::new(Ending::Unavailable, why));
+        };
+        let program = command;
+        command = Command::new(path);
+        command
+            .args(["--tool", task.kind.verb()])
+            .args(["--error-exitcode", &FOUND.to_string()])
+            .arg(program.get_program());
+    }
     command
         .args(["hardware-check", "--one", &task.name()])
         .args(["--device", &place.device.to_string()])
@@ -56,29 +46,21 @@ pub fn in_child(task: &Task, place: &Place, limit: f64) -> Result<Outcome> {
         .arg(&place.out)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command.process_group(0);
-    let mut child = command
-        .spawn()
-        .map_err(|e| Error::io("start", &program, e))?;
+        .stderr(Stdio::piped())
+        .process_group(0);
+    let mut child = start(&mut command)?;
     let text = both_streams(&mut child);
     let Some(status) = wait(&mut child, limit) else {
-        return Ok(Outcome::new(
-            Ending::TimedOut,
-            format!("killed after {limit:.0} s"),
-        ));
+        let why = format!("killed after {limit:.0} s");
+        return Ok(Outcome::new(Ending::TimedOut, why));
     };
     let text = text();
-    if matches!(task.kind, Kind::Memcheck | Kind::Racecheck) {
-        return Ok(sanitized(&text, status.code()));
+    if sanitized {
+        return Ok(of_sanitizer(&text, status.code()));
     }
-    let outcome = last_outcome(&text);
-    Ok(outcome.unwrap_or_else(|| {
-        let last: Vec<&str> = text.lines().rev().take(5).collect();
-        Outcome::new(
-            Ending::Failed,
-            format!("the process ended with {status}: {}", last.join(" | ")),
-        )
+    Ok(last_outcome(&text).unwrap_or_else(|| {
+        let why = format!("the process ended with {status}: {}", last_lines(&text, 5));
+        Outcome::new(Ending::Failed, why)
     }))
 }
 
@@ -150,7 +132,7 @@ fn last_outcome(text: &str) -> Option<Outcome> {
 }
 
 /// Interprets the output of compute-sanitizer.
-fn sanitized(text: &str, code: Option<i32>) -> Outcome {
+fn of_sanitizer(text: &str, code: Option<i32>) -> Outcome {
     let summary = text
         .lines()
         .rev()
@@ -171,13 +153,13 @@ fn sanitized(text: &str, code: Option<i32>) -> Outcome {
         },
         // The program ran and reports itself what was wrong.
         Some(_) if let Some(outcome) = outcome => outcome,
-        _ => Outcome {
-            measured: json!({ "report": first }),
-            ..Outcome::new(
-                Ending::Unavailable,
-                "compute-sanitizer did not run the program",
-            )
-        },
+        _ => {
+            let why = "compute-sanitizer did not run the program";
+            Outcome {
+                measured: json!({ "report": first }),
+                ..Outcome::new(Ending::Unavailable, why)
+            }
+        }
     }
 }
 
@@ -190,42 +172,6 @@ fn sanitizer() -> Option<PathBuf> {
         .into_iter()
         .map(|folder| folder.join("compute-sanitizer"))
         .find(|path| path.is_file())
-}
-
-/// A child process that is killed when the value is dropped.
-pub struct Killed(pub Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A folder for the runs of a task, which is removed when the value is dropped.
-pub struct Folder(pub PathBuf);
-
-impl Folder {
-    /// Creates the folder. Its name depends on the kind of task and the folder of records, so that files that a killed
-    /// task left behind are found and removed.
-    ///
-    /// # Errors
-    /// When it cannot be created.
-    pub fn new(kind: &str, records: &Path) -> Result<Self> {
-        let whole = std::path::absolute(records).unwrap_or_else(|_| records.into());
-        let name = blake3::hash(whole.to_string_lossy().as_bytes()).to_hex();
-        let path = std::env::temp_dir().join(format!("routegrad-{kind}-{}", &name[..16]));
-        drop(Folder(path.clone()));
-        fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, e))?;
-        Ok(Folder(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-        let _ = fs::remove_file(self.0.with_extension("stderr"));
-    }
 }
 
 #[cfg(test)]
@@ -273,14 +219,14 @@ mod tests {
         let line = serde_json::to_string(&Outcome::new(Ending::Passed, "")).unwrap();
         let clean =
             format!("========= COMPUTE-SANITIZER\n{line}\n========= ERROR SUMMARY: 0 errors\n");
-        assert_eq!(sanitized(&clean, Some(0)).ending, Ending::Passed);
+        assert_eq!(of_sanitizer(&clean, Some(0)).ending, Ending::Passed);
         let found = clean.replace("0 errors", "2 errors");
-        assert_eq!(sanitized(&found, Some(FOUND)).ending, Ending::Failed);
+        assert_eq!(of_sanitizer(&found, Some(FOUND)).ending, Ending::Failed);
         assert_eq!(
-            sanitized(&found, Some(FOUND)).detail,
+            of_sanitizer(&found, Some(FOUND)).detail,
             "ERROR SUMMARY: 2 errors"
         );
         let refused = "========= COMPUTE-SANITIZER\n========= Error: Device not supported\n";
-        assert_eq!(sanitized(refused, Some(1)).ending, Ending::Unavailable);
+        assert_eq!(of_sanitizer(refused, Some(1)).ending, Ending::Unavailable);
     }
 }

@@ -74,11 +74,12 @@ impl Entry for Record {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::path::Path;
 
-    fn record(task: &str, code: &str, date: &str) -> Record {
+    /// Returns a record of a task that passed.
+    pub fn record(task: &str, code: &str, date: &str) -> Record {
         Record {
             gpu: "NVIDIA H200".into(),
             task: task.into(),

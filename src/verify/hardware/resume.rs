@@ -5,7 +5,7 @@
 
 use super::outcome::Outcome;
 use super::place::Place;
-use super::process::{Folder, Killed};
+use super::program::{self, Folder, Killed, last_lines, step_record};
 use super::steps::StepCase;
 use crate::error::{Error, Result};
 use crate::report::metrics::{Record, Saved};
@@ -14,7 +14,6 @@ use crate::train::{CHECKPOINTS, METRICS_FILE};
 use serde_json::json;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The step after which a checkpoint is saved. The run is killed after `case.steps` steps, and again after the same step
@@ -27,17 +26,16 @@ const SAVED: usize = 3;
 /// When a run ends before it is killed, or a file cannot be read.
 pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
     let folder = Folder::new("resumes", &place.out)?;
-    let mut first = vec!["--preset".to_string(), case.preset.into()];
-    for set in &case.set {
-        first.extend(["--set".to_string(), set.clone()]);
-    }
-    for set in [
+    let mut first = ["--preset", case.preset, "--steps", "1000"]
+        .map(String::from)
+        .to_vec();
+    let intervals = [
         format!("train.checkpoint_interval={SAVED}"),
         "train.eval_interval=100000".into(),
-    ] {
-        first.extend(["--set".to_string(), set]);
+    ];
+    for set in case.set.iter().chain(&intervals) {
+        first.extend(["--set".to_string(), set.clone()]);
     }
-    first.extend(["--steps".to_string(), "1000".into()]);
     let saved = folder.0.join(CHECKPOINTS).join(format!("step-{SAVED}"));
     let steps = case.steps as usize;
     let before = Watched::run(&folder.0, place, &first, steps, true)?;
@@ -117,17 +115,11 @@ impl Watched {
         steps: usize,
         saves: bool,
     ) -> Result<Self> {
-        let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
         let errors = out.with_extension("stderr");
         let file = fs::File::create(&errors).map_err(|e| Error::io("create", &errors, e))?;
-        let mut command = Command::new(&program);
-        command.args(["train", "--quiet", "--device", &place.device.to_string()]);
-        command.arg("--out").arg(out).args(arguments);
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        command.stderr(file);
         let begun = Instant::now();
-        let child = command.spawn();
-        let mut child = Killed(child.map_err(|e| Error::io("start", &program, e))?);
+        let mut command = program::train(place, out)?;
+        let mut child = Killed(program::start(command.args(arguments).stderr(file))?);
         let log = out.join(METRICS_FILE);
         let mut watched = Watched {
             begun,
@@ -137,10 +129,8 @@ impl Watched {
         // Until the resumed run opens its log, the log may contain lines after the checkpoint.
         let stale = fs::read_to_string(&log).unwrap_or_default();
         loop {
-            let ended = child
-                .0
-                .try_wait()
-                .map_err(|e| Error::io("watch", &program, e))?;
+            let ended = child.0.try_wait();
+            let ended = ended.map_err(|e| Error::io("watch", command.get_program(), e))?;
             let text = fs::read_to_string(&log).unwrap_or_default();
             if text != stale {
                 watched.look(&text);
@@ -151,12 +141,8 @@ impl Watched {
             }
             if let Some(status) = ended {
                 let said = fs::read_to_string(&errors).unwrap_or_default();
-                let last: Vec<&str> = said.lines().rev().take(3).collect();
-                let got = format!(
-                    "{status} after {} steps: {}",
-                    watched.lines.len(),
-                    last.join(" | ")
-                );
+                let (steps_done, last) = (watched.lines.len(), last_lines(&said, 3));
+                let got = format!("{status} after {steps_done} steps: {last}");
                 let help = "its last lines of output give the reason";
                 return Err(Error::invalid("train", format!("{steps} steps"), got, help));
             }
@@ -172,10 +158,7 @@ impl Watched {
     }
 
     fn records(&self) -> Result<Vec<Record>> {
-        let parse = |line: &String| {
-            serde_json::from_str(line)
-                .map_err(|e| Error::file(METRICS_FILE, "a step's record", e.to_string(), "a bug"))
-        };
+        let parse = |line: &String| step_record(METRICS_FILE.as_ref(), line);
         self.lines.iter().map(parse).collect()
     }
 

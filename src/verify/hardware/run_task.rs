@@ -28,23 +28,17 @@ fn outcome(name: &str, place: &Place) -> Result<Outcome, String> {
         .into_iter()
         .find(|task| task.name() == name)
         .ok_or(format!("there is no task \"{name}\""))?;
-    match task.kind {
-        Kind::NoHostSync
-        | Kind::Determinism
-        | Kind::LossParity
-        | Kind::Connects
-        | Kind::Scales
-        | Kind::Throughput
-        | Kind::Resume => {
-            let case = steps::cases(place.device)
-                .into_iter()
-                .find(|case| case.kind == task.kind && case.name == task.case)
-                .ok_or("there is no such case")?;
-            whole_steps(&case, place).map_err(|e| e.to_string())
-        }
-        Kind::Bench => benchmark::check(place).map_err(|e| e.to_string()),
-        _ => of_kernel(&task),
+    if task.launcher.is_some() {
+        return of_kernel(&task);
     }
+    if task.kind == Kind::Bench {
+        return benchmark::check(place).map_err(|e| e.to_string());
+    }
+    let case = steps::cases(place.device)
+        .into_iter()
+        .find(|case| case.kind == task.kind && case.name == task.case)
+        .ok_or("there is no such case")?;
+    whole_steps(&case, place).map_err(|e| e.to_string())
 }
 
 /// Runs a task of complete steps.
@@ -84,21 +78,25 @@ fn of_kernel(_task: &task::Task) -> Result<Outcome, String> {
 
 #[cfg(feature = "cuda")]
 fn of_kernel(task: &task::Task) -> Result<Outcome, String> {
-    use super::{attention, timing};
+    use super::timing;
+    use crate::device::Device;
+    use crate::verify::bench::case::Work;
     let gpu = crate::device::cuda::gpu().map_err(|e| e.to_string())?;
+    let no_case = "there is no such case";
     if task.kind == Kind::Timed {
-        let gemm = timing::cases().into_iter().find(|c| c.name == task.case);
-        let (detail, measured) = match gemm {
-            Some(case) => timing::time(gpu, &case)?,
-            None => attention::time(&task.case, crate::device::Device::Cuda)
-                .map_err(|e| e.to_string())?,
+        let group = timing::group_of(&task.case).ok_or(no_case)?;
+        let (detail, measured) = match &group.work {
+            Work::Gemm { product, shape } => timing::product(gpu, *product, shape)?,
+            _ => timing::attention_of(&group, &task.case, Device::Cuda)
+                .map_err(|e| e.to_string())?
+                .ok_or(no_case)?,
         };
         return Ok(Outcome::judged(None, detail, measured));
     }
     let case = crate::verify::kernels::cases()
         .into_iter()
         .find(|case| case.name == task.case)
-        .ok_or("there is no such case")?;
+        .ok_or(no_case)?;
     if case.source == "unit" && !crate::kernels::launchers::on_hopper() {
         let why = "single instructions of Hopper, which this GPU does not have";
         return Ok(Outcome::new(Ending::Unavailable, why));
@@ -136,46 +134,36 @@ mod cases {
             "problems": problems, "values": errors.values, "worst_share_of_bound": errors.worst(),
             "worst_relative_error": worst_relative,
         });
-        let detail = format!(
-            "{problems} problems, {} values, equal bytes twice",
-            errors.values
-        );
-        Ok(Outcome {
-            measured,
-            ..Outcome::new(Ending::Passed, detail)
-        })
+        let values = errors.values;
+        let detail = format!("{problems} problems, {values} values, equal bytes twice");
+        Ok(Outcome::judged(None, detail, measured))
     }
 
     /// Captures every problem and replays it twice: the bytes must be those of the eager run.
     pub fn replays(gpu: &Gpu, case: &Case) -> Result<Outcome, String> {
         for make in &case.problems {
             let problem = make().map_err(|e| e.to_string())?;
-            let text = |e: crate::error::Error| format!("{}: {e}", problem.label);
+            let label = &problem.label;
+            let text = |e: crate::error::Error| format!("{label}: {e}");
             let mut run = Run::new(gpu, &problem).map_err(text)?;
             let eager = run.fresh_outputs()?;
             run.reset().map_err(text)?;
             let untouched = run.outputs()?;
             let graph = gpu.capture(|| run.launch()).map_err(text)?;
             if run.outputs()? != untouched {
-                return Err(format!(
-                    "{}: the captured launch ran at once",
-                    problem.label
-                ));
+                return Err(format!("{label}: the captured launch ran at once"));
             }
             for _ in 0..2 {
                 run.reset().map_err(text)?;
                 gpu.replay(&graph).map_err(text)?;
                 if run.outputs()? != eager {
                     return Err(format!(
-                        "{}: the graph gives other bytes than the launch",
-                        problem.label
+                        "{label}: the graph gives other bytes than the launch"
                     ));
                 }
             }
         }
-        Ok(Outcome::new(
-            Ending::Passed,
-            format!("{} problems captured, replayed twice", case.problems.len()),
-        ))
+        let detail = format!("{} problems captured, replayed twice", case.problems.len());
+        Ok(Outcome::new(Ending::Passed, detail))
     }
 }

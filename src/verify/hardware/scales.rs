@@ -5,13 +5,12 @@
 
 use super::outcome::Outcome;
 use super::place::{Place, gpu_count};
-use super::process::{Folder, Killed};
+use super::program::{self, Folder, Killed, last_lines, step_record};
 use super::record::Ending;
-use super::steps::{StepCase, WARM};
+use super::steps::{StepCase, WARM, first_difference};
 use crate::device::Device;
 use crate::dist::nccl;
 use crate::error::{Error, Result};
-use crate::report::metrics::Record;
 use crate::train::{CHECKPOINTS, METRICS_FILE};
 use crate::verify::bench::measure::median;
 use serde_json::json;
@@ -19,7 +18,7 @@ use std::fs;
 use std::io::Read;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 /// The results of a run.
 struct Ran {
@@ -45,9 +44,8 @@ pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
     let first = train(case, place, &folder.0, ranks, 0)?;
     let second = train(case, place, &folder.0, ranks, u64::from(place.planted))?;
     let one = train(case, place, &folder.0, 1, 0)?;
-    let differ = first.end.iter().zip(&second.end).find(|(a, b)| a != b);
-    let differ =
-        differ.map(|((what, _), _)| format!("two runs on {ranks} ranks differ, first in {what}"));
+    let differ = first_difference(&first.end, &second.end);
+    let differ = differ.map(|what| format!("two runs on {ranks} ranks differ, first in {what}"));
     let share = first.tokens_per_second / (ranks as f64 * one.tokens_per_second);
     let right = format!(
         "{ranks} ranks give the same bytes twice; {:.0} tokens/s, one {:.0}: {:.1}% of linear scaling",
@@ -81,7 +79,6 @@ fn missing(case: &StepCase, place: &Place) -> Option<String> {
 
 /// Trains one run to its end.
 fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64) -> Result<Ran> {
-    let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
     let out = folder.join("run");
     let config = case.config(place.device)?.train;
     let (batch, micro) = (config.sequences_per_step, config.micro_batch);
@@ -101,13 +98,8 @@ fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64)
         .map_err(|e| Error::io("find", "a free port", e))?
         .port();
     let start = |rank: usize| -> Result<Killed> {
-        let mut command = Command::new(&program);
-        command.args(["train", "--quiet", "--preset", case.preset]);
-        command.args(["--device", &place.device.to_string()]);
-        command
-            .args(["--steps", &steps.to_string()])
-            .arg("--out")
-            .arg(&out);
+        let mut command = program::train(place, &out)?;
+        command.args(["--preset", case.preset, "--steps", &steps.to_string()]);
         command.args(set.iter().flat_map(|set| ["--set", set]));
         command.args(["--ranks", if ranks == 1 { "none" } else { "tcp" }]);
         let [rank, size, port] = [rank, ranks, port.into()].map(|n| n.to_string());
@@ -120,12 +112,7 @@ fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64)
             ("MASTER_PORT", "29500"),
             ("ROUTEGRAD_RANKS_PORT", &*port),
         ]);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        let child = command.spawn();
-        Ok(Killed(child.map_err(|e| Error::io("start", &program, e))?))
+        program::start(command.stderr(Stdio::piped())).map(Killed)
     };
     let mut children = (0..ranks).map(start).collect::<Result<Vec<_>>>()?;
     // Each process prints little, so the pipes cannot become full; if a rank is lost, the others end.
@@ -138,38 +125,28 @@ fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64)
 }
 
 fn ended_well(child: &mut Killed) -> Result<()> {
-    let status = child
-        .0
-        .wait()
-        .map_err(|e| Error::io("watch", "a rank", e))?;
+    let status = child.0.wait();
+    let status = status.map_err(|e| Error::io("watch", "a rank", e))?;
+    if status.success() {
+        return Ok(());
+    }
     let mut said = String::new();
     if let Some(stderr) = &mut child.0.stderr {
         let _ = stderr.read_to_string(&mut said);
     }
-    match status.success() {
-        true => Ok(()),
-        false => {
-            let last: Vec<&str> = said.lines().rev().take(3).collect();
-            let got = format!("{status}: {}", last.join(" | "));
-            let help = "its last lines of output give the reason";
-            Err(Error::invalid(
-                "train",
-                "a run to its end on every rank",
-                got,
-                help,
-            ))
-        }
-    }
+    Err(Error::invalid(
+        "train",
+        "a run to its end on every rank",
+        format!("{status}: {}", last_lines(&said, 3)),
+        "its last lines of output give the reason",
+    ))
 }
 
 fn read(out: &Path, steps: u64) -> Result<Ran> {
     let log = out.join(METRICS_FILE);
     let text = fs::read_to_string(&log).map_err(|e| Error::io("read", &log, e))?;
-    let parse = |line: &str| -> Result<Record> {
-        serde_json::from_str(line)
-            .map_err(|e| Error::file(&log, "a step's record", e.to_string(), "a bug"))
-    };
-    let records = text.lines().map(parse).collect::<Result<Vec<_>>>()?;
+    let records = text.lines().map(|line| step_record(&log, line));
+    let records = records.collect::<Result<Vec<_>>>()?;
     let late = &records[WARM as usize..records.len() - 1];
     let rates: Vec<f64> = late.iter().map(|r| r.tokens_per_second).collect();
     let seconds = late.iter().map(|r| r.seconds).collect();

@@ -59,12 +59,8 @@ pub fn table(records: &Records) -> String {
 
 /// Returns the architectures for which the kernels of this build are compiled, such as "sm_80, sm_90a".
 fn built_for() -> String {
-    #[cfg(feature = "cuda")]
-    let archs: Vec<&str> = crate::device::built_for().collect();
-    #[cfg(not(feature = "cuda"))]
-    let archs: Vec<&str> = Vec::new();
-    let archs: Vec<String> = archs.iter().map(|arch| format!("sm_{arch}")).collect();
-    archs.join(", ")
+    let archs = crate::device::built_for().map(|arch| format!("sm_{arch}"));
+    archs.collect::<Vec<_>>().join(", ")
 }
 
 /// Returns a Markdown table with one row per task of complete steps, with the latest record of this build's code on each
@@ -161,9 +157,8 @@ pub fn update(page: &Path, table: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::record::tests::record;
     use super::*;
-    use crate::report::records::now;
-    use serde_json::json;
 
     #[test]
     fn nothing_is_proven_without_records_and_every_kernel_with_cases_has_a_row() {
@@ -198,42 +193,23 @@ mod tests {
             .iter()
             .filter(|task| task.launcher == Some("dispatch_positive"))
             .collect();
-        let mut add = |task: &Task, ending, code: &str, measured| {
-            records.insert(Record {
-                gpu: "NVIDIA H200".into(),
-                task: task.name(),
-                code: code.into(),
-                ending,
-                detail: String::new(),
-                measured,
-                date: now(),
-                commit: String::new(),
-                driver: String::new(),
-                system: String::new(),
-                seconds: 0.0,
-                before: json!(null),
-                after: json!(null),
-            });
-        };
+        let record = |task: &Task, code: &str| record(&task.name(), code, "");
         let code = &code("dispatch").unwrap();
         let needed: Vec<&&Task> = tasks
             .iter()
             .filter(|t| matches!(t.kind, Kind::Agrees | Kind::Replays))
             .collect();
         for task in &needed {
-            add(task, Ending::Passed, "of an older build", json!(null));
+            records.insert(record(task, "of an older build"));
         }
         for task in &needed[1..] {
-            add(task, Ending::Passed, code, json!(null));
+            records.insert(record(task, code));
         }
         assert_eq!(
             proven(&tasks, &records),
             format!("NVIDIA H200: {} of {}", needed.len() - 1, needed.len())
         );
-        let passed = Record {
-            code: code.into(),
-            ..first(&records, &needed[0].name())
-        };
+        let passed = record(needed[0], code);
         records.insert(passed.clone());
         assert_eq!(proven(&tasks, &records), "NVIDIA H200");
         records.insert(Record {
@@ -244,14 +220,6 @@ mod tests {
             proven(&tasks, &records),
             format!("NVIDIA H200: 1 of {} fail", needed.len())
         );
-    }
-
-    fn first(records: &Records, task: &str) -> Record {
-        records
-            .iter()
-            .find(|record| record.task == task)
-            .cloned()
-            .unwrap()
     }
 
     #[test]

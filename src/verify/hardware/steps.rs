@@ -40,6 +40,15 @@ pub fn uncaptured(training: &Trainer) -> Option<String> {
     Some(format!("steps could not be captured as a graph: {why}"))
 }
 
+/// Returns the name of the first value that differs between two runs.
+pub fn first_difference<'a, T: PartialEq>(
+    a: &'a [(String, T)],
+    b: &[(String, T)],
+) -> Option<&'a str> {
+    let differ = a.iter().zip(b).find(|(a, b)| a != b)?;
+    Some(&differ.0.0)
+}
+
 /// Returns the name of the case for a model's speed; without a number in the name, micro-batches have 8 sequences, as in
 /// the presets.
 pub fn on_record(preset: &str, router: &str, micro_batch: usize) -> String {
@@ -122,22 +131,15 @@ impl StepCase {
         let Ok(plan) = plan::plan(&config, plan::Target::gpu(), 1) else {
             return String::new();
         };
-        let (mut text, disk) = (
-            format!("{} of the device", size(plan.memory.total())),
-            size(plan.checkpoint_bytes),
-        );
+        let text = format!("{} of the device", size(plan.memory.total()));
+        let disk = size(plan.checkpoint_bytes);
         match self.kind {
-            Kind::Resume => {
-                text += &format!(", {disk} of disk");
-            }
-            Kind::LossParity => text += ", the processor's curve",
-            Kind::Connects => text += ", NCCL",
-            Kind::Scales => {
-                text += &format!(", {} of them, NCCL, {disk} of disk", self.ranks);
-            }
-            _ => {}
+            Kind::Resume => format!("{text}, {disk} of disk"),
+            Kind::LossParity => text + ", the processor's curve",
+            Kind::Connects => text + ", NCCL",
+            Kind::Scales => format!("{text}, {} of them, NCCL, {disk} of disk", self.ranks),
+            _ => text,
         }
-        text
     }
 }
 
@@ -198,16 +200,10 @@ fn of_gpu() -> Vec<StepCase> {
             .named("557m default 4 layers"),
     ];
     all.extend(curves());
-    let connected = case(Kind::Connects, "tiny", "default", &small(&[]), 8, 10.0);
-    all.push(connected);
-    all.push(case(
-        Kind::Connects,
-        "557m",
-        "default",
-        &[SEQUENCES],
-        8,
-        60.0,
-    ));
+    all.extend([
+        case(Kind::Connects, "tiny", "default", &small(&[]), 8, 10.0),
+        case(Kind::Connects, "557m", "default", &[SEQUENCES], 8, 60.0),
+    ]);
     for ranks in [2, 4, 8] {
         let scaled = case(Kind::Scales, "557m", "default", &[SEQUENCES], 12, 120.0);
         all.push(scaled.on_ranks(ranks));
@@ -246,24 +242,17 @@ pub const WARM: u64 = 4;
 
 /// Models whose loss is compared with the recorded loss of the CPU.
 pub fn curves() -> [StepCase; 2] {
-    [
+    [("tiny", 20, 5.0), ("small", 200, 20.0)].map(|(preset, steps, estimate)| {
+        let set = format!("train.steps={steps}");
         case(
             Kind::LossParity,
-            "tiny",
+            preset,
             "default",
-            &["train.steps=20"],
-            20,
-            5.0,
-        ),
-        case(
-            Kind::LossParity,
-            "small",
-            "default",
-            &["train.steps=200"],
-            200,
-            20.0,
-        ),
-    ]
+            &[&set],
+            steps,
+            estimate,
+        )
+    })
 }
 
 /// Returns a small case of every kind for the simulator, which shows without a GPU that the tasks work.

@@ -1,12 +1,12 @@
 //! The list of everything to prove and measure on a GPU, most important first.
 
-use super::attention;
 use super::benchmark;
 use super::code::STEP;
 use super::kind::Kind;
 use super::steps::{self, StepCase};
 use super::timing;
 use crate::device::Device;
+use crate::verify::bench::case::Work;
 use crate::verify::kernels::{self, Case};
 
 /// One task of the queue.
@@ -37,14 +37,24 @@ impl Task {
         30.0 + 5.0 * self.estimate
     }
 
-    fn of_kernel(kind: Kind, case: &Case, needs: &str, estimate: f64) -> Self {
+    fn of_kernel(kind: Kind, case: &Case) -> Self {
+        // Seconds with an H200: opening the GPU, small problems of some milliseconds, and large ones with a float64
+        // reference.
+        let of_problem = if case.small { 0.005 } else { 0.03 };
+        let seconds = 0.4 + case.problems.len() as f64 * of_problem;
+        // The sanitizers slow down a kernel, racecheck by far the most.
+        let (needs, slower) = match kind {
+            Kind::Memcheck => ("compute-sanitizer", 1.5),
+            Kind::Racecheck => ("compute-sanitizer", 8.0),
+            _ => ("", 1.0),
+        };
         Task {
             kind,
             case: case.name.clone(),
             launcher: Some(case.launcher),
             source: case.source,
             needs: needs.into(),
-            estimate,
+            estimate: slower * seconds,
         }
     }
 
@@ -76,53 +86,43 @@ pub fn queue(device: Device) -> Vec<Task> {
         return tasks;
     }
     let cases = kernels::cases();
-    // Seconds with an H200: opening the GPU, small problems of some milliseconds, and large ones with a float64 reference.
-    let estimate =
-        |case: &Case| 0.4 + case.problems.len() as f64 * if case.small { 0.005 } else { 0.03 };
-    let of = |kind, case, estimate| Task::of_kernel(kind, case, "", estimate);
-    tasks.extend(
-        cases
-            .iter()
-            .map(|case| of(Kind::Agrees, case, estimate(case))),
-    );
-    let small = || cases.iter().filter(|case| case.small);
-    tasks.extend(small().map(|case| of(Kind::Replays, case, estimate(case))));
-    tasks.extend(correct);
-    // The sanitizers slow down a kernel, racecheck by far the most.
-    let instrument = |kind, slower: f64| {
-        small().map(move |case| {
-            Task::of_kernel(kind, case, "compute-sanitizer", slower * estimate(case))
-        })
+    let all = cases.iter().map(|case| Task::of_kernel(Kind::Agrees, case));
+    let of_small = |kind| {
+        let small = cases.iter().filter(|case| case.small);
+        small.map(move |case| Task::of_kernel(kind, case))
     };
-    tasks.extend(instrument(Kind::Memcheck, 1.5));
+    tasks.extend(all);
+    tasks.extend(of_small(Kind::Replays));
+    tasks.extend(correct);
+    tasks.extend(of_small(Kind::Memcheck));
     tasks.extend(timed);
     tasks.extend(timings());
     // Starting its parts and writing the report take additional time.
     tasks.push(bench("core", benchmark::SECONDS + 30.0));
-    tasks.extend(instrument(Kind::Racecheck, 8.0));
+    tasks.extend(of_small(Kind::Racecheck));
     tasks
 }
 
 fn timings() -> Vec<Task> {
-    let products = timing::cases().into_iter().map(|case| Task {
-        kind: Kind::Timed,
-        launcher: Some(case.product.launcher()),
-        source: "grouped_gemm",
-        needs: "cuBLAS, to compare with".into(),
-        estimate: case.estimate(),
-        case: case.name,
+    let tasks = timing::groups().into_iter().flat_map(|group| {
+        // Unsupported sizes cause an error when the task runs.
+        let cases = group.cases().unwrap_or_default().into_iter();
+        cases.map(move |case| {
+            let (source, needs) = match group.work {
+                Work::Gemm { .. } => ("grouped_gemm", "cuBLAS, to compare with"),
+                _ => ("attention", ""),
+            };
+            Task {
+                kind: Kind::Timed,
+                launcher: Some(case.family),
+                source,
+                needs: needs.into(),
+                estimate: timing::estimate(&group, &case),
+                case: case.name,
+            }
+        })
     });
-    // Unsupported sizes cause an error when the task runs.
-    let attention = attention::cases().unwrap_or_default().into_iter();
-    let attention = attention.map(|case| Task {
-        kind: Kind::Timed,
-        launcher: Some(case.family),
-        source: "attention",
-        needs: String::new(),
-        estimate: 4.0,
-        case: case.name,
-    });
-    attention.chain(products).collect()
+    tasks.collect()
 }
 
 fn bench(set: &str, estimate: f64) -> Task {

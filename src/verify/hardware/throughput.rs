@@ -166,56 +166,51 @@ fn of(timeline: &Timeline) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use super::super::record::Record;
+    use super::super::record::tests::record;
     use super::*;
 
     #[test]
     fn the_nearest_recorded_step_of_the_same_router_and_gpu_is_taken() {
-        let line = |gpu: &str, case: &str, code: &str, ending: &str, day: u32, tflops: f64| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut records = Records::open(folder.path()).unwrap();
+        let mut add = |gpu: &str, case: &str, code: &str, ending, day: u32, tflops: f64| {
             let tokens = if case.starts_with("557m") { 1e3 } else { 1e2 };
             let micro_batch = if case.ends_with("32") { 32 } else { 8 };
-            json!({
-                "gpu": gpu, "task": format!("trains: {case}"), "code": code, "ending": ending, "detail": "",
-                "measured": {
+            let date = format!("2026-11-{day}T10:00:00Z");
+            records.insert(Record {
+                gpu: gpu.into(),
+                ending,
+                measured: json!({
                     "tflops": tflops, "flops_per_step": 1e12, "tokens_per_step": tokens, "micro_batch": micro_batch,
-                },
-                "date": format!("2026-11-{day}T10:00:00Z"), "commit": "", "driver": "", "system": "",
-                "seconds": 1.0, "before": null, "after": null,
-            })
-            .to_string()
+                }),
+                ..record(&format!("trains: {case}"), code, &date)
+            });
         };
-        let lines = [
-            line("NVIDIA H200", "557m default", "a", "passed", 20, 200.0),
-            line("NVIDIA H200", "557m default", "b", "passed", 21, 210.0),
-            line("NVIDIA H200", "557m default", "c", "failed", 22, 900.0),
-            line(
-                "NVIDIA H200",
-                "557m default in micro-batches of 32",
-                "b",
-                "passed",
-                22,
-                250.0,
-            ),
-            line("NVIDIA H200", "7.33b default", "a", "passed", 20, 300.0),
-            line("NVIDIA H200", "557m topk", "a", "passed", 20, 220.0),
-            line("NVIDIA B200", "557m default", "a", "passed", 23, 500.0),
-        ];
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("hardware-all.jsonl");
-        std::fs::write(file, lines.join("\n") + "\n").unwrap();
+        let (h200, passed) = ("NVIDIA H200", Ending::Passed);
+        let in_32 = "557m default in micro-batches of 32";
+        add(h200, "557m default", "a", passed, 20, 200.0);
+        add(h200, "557m default", "b", passed, 21, 210.0);
+        add(h200, "557m default", "c", Ending::Failed, 22, 900.0);
+        add(h200, in_32, "b", passed, 22, 250.0);
+        add(h200, "7.33b default", "a", passed, 20, 300.0);
+        add(h200, "557m topk", "a", passed, 20, 220.0);
+        add("NVIDIA B200", "557m default", "a", passed, 23, 500.0);
+        records.save_all().unwrap();
         let of = |gpu: &str, router: &str, flops: f64, micro_batch| {
             recorded(folder.path(), gpu, router, flops as u64, micro_batch).unwrap()
         };
         let found = |gpu, router, flops| of(gpu, router, flops, 8);
-        let (rate, from) = found("NVIDIA H200", "default", 2e9).unwrap();
+        let (rate, from) = found(h200, "default", 2e9).unwrap();
         assert_eq!(rate, 210e12);
         assert_eq!(
             from,
             "as 557m default on one NVIDIA H200, recorded on 2026-11-21"
         );
-        assert_eq!(of("NVIDIA H200", "default", 2e9, 64).unwrap().0, 250e12);
-        assert_eq!(found("NVIDIA H200", "default", 9e9).unwrap().0, 300e12);
-        assert_eq!(found("NVIDIA H200", "topk", 9e9).unwrap().0, 220e12);
-        assert_eq!(found("NVIDIA H200", "dense", 9e9).unwrap().0, 300e12);
+        assert_eq!(of(h200, "default", 2e9, 64).unwrap().0, 250e12);
+        assert_eq!(found(h200, "default", 9e9).unwrap().0, 300e12);
+        assert_eq!(found(h200, "topk", 9e9).unwrap().0, 220e12);
+        assert_eq!(found(h200, "dense", 9e9).unwrap().0, 300e12);
         assert_eq!(found("NVIDIA A100-SXM4-80GB", "topk", 1e9), None);
     }
 }

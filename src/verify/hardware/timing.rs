@@ -1,80 +1,97 @@
-//! Times a GEMM and cuBLAS ([`crate::verify::bench::measure`]) with random data; inputs are rotated so that they are not
-//! in the L2 cache.
+//! Times single kernels ([`crate::verify::bench::measure`]). A GEMM is compared with cuBLAS, with random data; inputs are
+//! rotated so that they are not in the L2 cache. Attention is timed as in the benchmark, forward and backward, with the
+//! shapes of the models.
 
+use crate::device::Device;
+use crate::error::Result;
 use crate::kernels::cost::Cost;
-use crate::kernels::{GroupedGemmForward, GroupedGemmWeightGradient};
-use crate::verify::bench::measure::HARDWARE_PLAN as PLAN;
-use crate::verify::kernels::grouped_gemm::{Product, Shape};
+use crate::verify::bench::case::{Case, Group, Work};
+use crate::verify::bench::groups::{attention, timed_products};
+use crate::verify::bench::measure::{HARDWARE_PLAN as PLAN, Timing};
+use crate::verify::bench::timed;
+use serde_json::{Value, json};
 
-/// A product with a shape of the core set.
-pub struct TimedCase {
-    /// Unique name.
-    pub name: String,
-    /// The product.
-    pub product: Product,
-    /// Rows of each group, and the widths of the weight.
-    pub shape: Shape,
+/// Returns the groups whose cases are timed. Attention: with as many key heads as query heads, as in the presets, and with
+/// a quarter of them. Products: dense 4096³ and 8192³, then the expert layers of 1.96b and 7.33b with 16,384 tokens and
+/// equal groups.
+pub fn groups() -> Vec<Group> {
+    let attention = [1, 4].into_iter().flat_map(attention);
+    attention.chain(timed_products()).collect()
 }
 
-impl TimedCase {
-    /// Returns the FLOPs of the product, and the bytes that must be moved once: operands and result.
-    pub fn cost(&self) -> Cost {
-        let Shape { n, k, ref counts } = self.shape;
-        let (rows, experts) = (self.shape.rows(), counts.len());
-        match self.product {
-            Product::WeightGradient => GroupedGemmWeightGradient::cost(rows, experts, n, k, false),
-            _ => GroupedGemmForward::cost(rows, experts, n, k),
-        }
-    }
-
-    /// Returns the estimated seconds of the task: start, random inputs, the float64 reference of the sampled lines, and
-    /// the runs.
-    pub fn estimate(&self) -> f64 {
-        let cost = self.cost();
-        3.0 + cost.bytes * 2e-9 + cost.floor() * 8.0 * (PLAN.samples * PLAN.launches) as f64
-    }
+/// Returns the group with a case of this name.
+pub fn group_of(case: &str) -> Option<Group> {
+    let has_case = |group: &Group| {
+        let cases = group.cases().unwrap_or_default();
+        cases.iter().any(|c| c.name == case)
+    };
+    groups().into_iter().find(has_case)
 }
 
-/// Returns the cases: dense 4096³ and 8192³, then the expert layers of 1.96b and 7.33b with 16,384 tokens and equal
-/// groups.
-pub fn cases() -> Vec<TimedCase> {
-    let mut cases = Vec::new();
-    for side in [4096, 8192] {
-        for product in Product::ALL {
-            let shape = Shape::new(&[side], side, side);
-            cases.push(TimedCase {
-                name: format!("{} dense {side}", product.launcher()),
-                product,
-                shape,
-            });
-        }
-    }
-    // The width of an expert with 8 experts; with 32 experts it is a quarter.
-    for (model, hidden, width) in [("1.96b", 1024, 2816), ("7.33b", 2048, 5632)] {
-        for (experts, top_k) in [(8, 1), (8, 2), (32, 4)] {
-            let width = width * 8 / experts;
-            for (matrix, n, k) in [("gate-up", 2 * width, hidden), ("down", hidden, width)] {
-                for product in Product::ALL {
-                    let shape = Shape::new(&vec![16_384 * top_k / experts; experts], n, k);
-                    let name = format!("{} {model} {experts}c{top_k} {matrix}", product.launcher());
-                    cases.push(TimedCase {
-                        name,
-                        product,
-                        shape,
-                    });
-                }
-            }
-        }
-    }
-    cases
+/// Returns the estimated seconds of a task. For a product: start, random inputs, the float64 reference of the sampled
+/// lines, and the runs.
+pub fn estimate(group: &Group, case: &Case) -> f64 {
+    let Work::Gemm { .. } = group.work else {
+        return 4.0;
+    };
+    let cost = case.costs[0];
+    3.0 + cost.bytes * 2e-9 + cost.floor() * 8.0 * (PLAN.samples * PLAN.launches) as f64
+}
+
+/// Returns one side of a timing in the format of a record.
+fn side(timing: &Timing, flops: f64, floor: Option<f64>) -> Value {
+    let seconds = timing.seconds();
+    json!({
+        "microseconds_of_each_pass": timing.passes.iter().map(|p| p.0 * 1e6).collect::<Vec<_>>(),
+        "spread_of_each_pass": timing.passes.iter().map(|p| p.1).collect::<Vec<_>>(),
+        "tflops": flops / seconds / 1e12,
+        "share_of_floor": floor.map(|floor| floor / seconds),
+    })
+}
+
+/// Times the case called `name` of a group of attention. Returns a sentence and the measurements; `None` if the group has no such case.
+///
+/// # Errors
+/// When it cannot run.
+pub fn attention_of(group: &Group, name: &str, device: Device) -> Result<Option<(String, Value)>> {
+    let mut found = None;
+    timed::visit(
+        group,
+        device,
+        &|case| case.name == name,
+        &mut |mut ready| {
+            let timings = ready.time()?;
+            found = Some(attention_report(&ready.cases[0], &timings[0], ready.sets));
+            Ok(())
+        },
+    )?;
+    Ok(found)
+}
+
+fn attention_report(case: &Case, timing: &Timing, sets: usize) -> (String, Value) {
+    let seconds = timing.seconds();
+    let floor: f64 = case.costs.iter().map(Cost::floor).sum();
+    let mut ours = side(timing, case.flops, Some(floor));
+    ours["samples"] = timing.plan.samples.into();
+    ours["launches"] = timing.plan.launches.into();
+    let detail = format!(
+        "{:.0} us, {:.0} TFLOP/s of the causal half, {:.0}% of the floor",
+        seconds * 1e6,
+        case.flops / seconds / 1e12,
+        100.0 * floor / seconds
+    );
+    let measured = json!({
+        "ours": ours, "floor_microseconds": floor * 1e6, "flops": case.flops, "bytes": case.bytes(), "sets": sets,
+    });
+    (detail, measured)
 }
 
 #[cfg(feature = "cuda")]
-pub use gpu::time;
+pub use gpu::product;
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use super::{PLAN, TimedCase};
+    use super::{PLAN, side};
     use crate::device::cublas::{Cublas, Matmul};
     use crate::device::cuda::Gpu;
     use crate::device::machine::Chip;
@@ -85,9 +102,11 @@ mod gpu {
         ROUTEGRAD_TILE_MMA_128X128, ROUTEGRAD_TILE_PINGPONG_128X128,
         ROUTEGRAD_TILE_PINGPONG_128X176, routegrad_gemm_tile,
     };
+    use crate::kernels::cost::Cost;
     use crate::verify::bench::cublas::batch;
     use crate::verify::bench::measure::{Events, Plan, Timing, in_turn, interleaved};
-    use crate::verify::kernels::grouped_gemm::{self, Operands};
+    use crate::verify::bench::timed::rotated;
+    use crate::verify::kernels::grouped_gemm::{self, Operands, Product, Shape};
     use crate::verify::kernels::{Problem, Run};
     use serde_json::{Value, json};
     use std::sync::Arc;
@@ -104,17 +123,16 @@ mod gpu {
         }
     }
 
-    /// Times `case`, after a check of the results of both sides.
+    /// Times a product, after a check of the results of both sides.
     ///
     /// # Errors
     /// A text that names the side that failed and the reason.
-    pub fn time(gpu: &Gpu, case: &TimedCase) -> Result<(String, Value), String> {
+    pub fn product(gpu: &Gpu, product: Product, shape: &Shape) -> Result<(String, Value), String> {
         let text = |e: crate::error::Error| e.to_string();
-        let operands = Arc::new(Operands::sampled(case.product, &case.shape));
+        let operands = Arc::new(Operands::sampled(product, shape));
         let problem = grouped_gemm::problem(&operands, ROUTEGRAD_TILE_AUTO);
-        // Enough sets of buffers that a set is no longer in the cache when it is used again.
-        let cache = gpu.cache_bytes().map_err(text)? as f64;
-        let sets = ((2.0 * cache / case.cost().bytes).ceil() as usize + 1).clamp(2, 12);
+        let cost = product.cost(shape);
+        let sets = rotated(gpu.cache_bytes().map_err(text)?, cost.bytes);
         let mut runs = (0..sets)
             .map(|_| Run::new(gpu, &problem))
             .collect::<Result<Vec<_>>>()
@@ -122,7 +140,7 @@ mod gpu {
         problem.judged(&runs[0].fresh_outputs()?)?;
 
         let peer = Cublas::open(gpu).and_then(|cublas| {
-            let matmul = Matmul::new(&cublas, batch(case.product, &case.shape)?)?;
+            let matmul = Matmul::new(&cublas, batch(product, shape)?)?;
             Ok((cublas, matmul))
         });
         // cuBLAS may choose an algorithm that rounds partial sums: noted, not a failure of ours.
@@ -138,23 +156,19 @@ mod gpu {
         let timings = interleaved(&Events(gpu), &mut sides, PLAN).map_err(text)?;
         drop(sides);
         let mut tiles = serde_json::Map::new();
-        for tile in case.product.tiles() {
-            let problem = grouped_gemm::problem(&operands, tile);
-            let side = in_turn(sets, |set| runs[set].launch_as(&problem));
-            let timed = interleaved(
-                &Events(gpu),
-                &mut [side],
-                Plan {
-                    samples: PLAN.samples / 4,
-                    ..PLAN
-                },
-            );
-            tiles.insert(
-                name(tile).into(),
-                json!(timed.map_err(text)?[0].seconds() * 1e6),
-            );
+        let samples = PLAN.samples / 4;
+        for tile in product.tiles() {
+            let launch = grouped_gemm::launch(&operands, tile);
+            let mut side = [in_turn(sets, |set| runs[set].launch_as(&launch))];
+            let timed = interleaved(&Events(gpu), &mut side, Plan { samples, ..PLAN });
+            let microseconds = timed.map_err(text)?[0].seconds() * 1e6;
+            tiles.insert(name(tile).into(), json!(microseconds));
         }
-        let (detail, mut measured) = report(gpu, case, &timings, peer.err());
+        let (detail, mut measured) = report(gpu, cost, &timings, peer.err());
+        measured["rows"] = shape.rows().into();
+        measured["experts"] = shape.counts.len().into();
+        measured["n"] = shape.n.into();
+        measured["k"] = shape.k.into();
         measured["microseconds_of_each_tile"] = tiles.into();
         measured["cublas_outside_bound"] = json!(peer_differs);
         Ok((detail, measured))
@@ -175,21 +189,13 @@ mod gpu {
 
     fn report(
         gpu: &Gpu,
-        case: &TimedCase,
+        cost: Cost,
         timings: &[Timing],
         no_peer: Option<String>,
     ) -> (String, Value) {
         // Of a GPU that is not in the table there are rates, but no floor.
-        let floor = Chip::of_driver(&gpu.name).map(|chip| case.cost().floor_on(chip));
-        let side = |timing: &Timing| {
-            let seconds = timing.seconds();
-            json!({
-                "microseconds_of_each_pass": timing.passes.iter().map(|p| p.0 * 1e6).collect::<Vec<_>>(),
-                "spread_of_each_pass": timing.passes.iter().map(|p| p.1).collect::<Vec<_>>(),
-                "tflops": case.cost().flops / seconds / 1e12,
-                "share_of_floor": floor.map(|floor| floor / seconds),
-            })
-        };
+        let floor = Chip::of_driver(&gpu.name).map(|chip| cost.floor_on(chip));
+        let side = |timing: &Timing| side(timing, cost.flops, floor);
         let (ours, theirs) = (side(&timings[0]), timings.get(1).map(side));
         let ratio = theirs
             .as_ref()
@@ -202,7 +208,6 @@ mod gpu {
         }
         let measured = json!({
             "ours": ours, "cublas": theirs, "ratio_to_cublas": ratio, "floor_microseconds": floor.map(|floor| floor * 1e6),
-            "rows": case.shape.rows(), "experts": case.shape.counts.len(), "n": case.shape.n, "k": case.shape.k,
         });
         (detail, measured)
     }
@@ -211,20 +216,47 @@ mod gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::attention::AttentionSizes;
+    use crate::verify::bench::case::Set;
 
     #[test]
     fn floors_are_those_of_the_papers_layers() {
-        let case = |name: &str| cases().into_iter().find(|c| c.name == name).unwrap();
-        let gate_up = case("grouped_gemm_forward 7.33b 8c1 gate-up");
-        assert!(
-            (gate_up.cost().floor() * 1e6 - 957.0).abs() < 1.0,
-            "{}",
-            gate_up.cost().floor()
-        );
-        assert_eq!(gate_up.shape.counts, [2048; 8]);
-        assert_eq!(
-            case("grouped_gemm_weight_gradient 1.96b 32c4 down").shape.n,
-            1024
-        );
+        let product = |name: &str| match group_of(name).map(|group| group.work) {
+            Some(Work::Gemm { product, shape }) => (product.cost(&shape).floor(), shape),
+            other => panic!("{other:?}"),
+        };
+        let (floor, shape) = product("grouped_gemm_forward 7.33b 8c1 gate-up");
+        assert!((floor * 1e6 - 957.0).abs() < 1.0, "{floor}");
+        assert_eq!(shape.counts, [2048; 8]);
+        let (_, shape) = product("grouped_gemm_weight_gradient 1.96b 32c4 down");
+        assert_eq!(shape.n, 1024);
+    }
+
+    #[test]
+    fn a_case_is_timed_on_the_simulator_and_reported_in_causal_flops() {
+        let sizes = AttentionSizes {
+            sequences: 1,
+            sequence: 128,
+            heads: 4,
+            key_value_heads: 1,
+            width: 64,
+        };
+        let group = Group {
+            name: "128 x 64 grouped 4 on 1".into(),
+            set: Set::Core,
+            work: Work::Attention(sizes),
+        };
+        let time = |name: &str| attention_of(&group, name, Device::Sim).unwrap();
+        for (direction, products) in [("forward", 2.0), ("backward", 5.0)] {
+            let name = format!("attention_{direction} {}", group.name);
+            let (detail, measured) = time(&name).unwrap();
+            assert!(detail.contains("of the causal half"), "{detail}");
+            let flops = products * 4.0 * 128.0 * 128.0 * 64.0;
+            assert_eq!(measured["flops"], flops, "{name}");
+            let passes = measured["ours"]["microseconds_of_each_pass"].as_array();
+            assert_eq!(passes.map(Vec::len), Some(2));
+        }
+        assert!(time("attention_forward").is_none());
+        assert!(group_of("attention_forward of nothing").is_none());
     }
 }

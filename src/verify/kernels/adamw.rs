@@ -35,9 +35,8 @@ struct Parameter {
 impl Parameter {
     fn new(count: usize, i: usize, bf16: bool) -> Self {
         let mut random = Random((count + 7 * i) as u64);
-        let mut normals = || -> Vec<f32> { (0..count).map(|_| random.normal()).collect() };
-        let (mut w, m, g) = (normals(), normals(), normals());
-        let v: Vec<f32> = normals().iter().map(|x| x * x).collect();
+        let [mut w, m, g, v] = [(); 4].map(|()| random.normals(count));
+        let v: Vec<f32> = v.iter().map(|x| x * x).collect();
         let moment = |x: f32| if bf16 { bf16::from_f32(x).to_f32() } else { x };
         let [m, v] = [m, v].map(|x| x.into_iter().map(moment).collect());
         // Numbers whose upper half is a tie, to be rounded up and down.

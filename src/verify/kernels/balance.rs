@@ -62,8 +62,7 @@ fn auxiliary(experts: usize, backward: bool) -> Problem {
 /// Buffers: out, coefficients, then a scalar for each term; or dout, coefficients, the terms' gradients.
 fn weighted(count: usize, backward: bool) -> Problem {
     let mut random = Random(count as u64 + 9);
-    let mut normals = || -> Vec<f32> { (0..count).map(|_| random.normal()).collect() };
-    let (coefficients, terms) = (normals(), normals());
+    let (coefficients, terms) = (random.normals(count), random.normals(count));
     let dout = [0.625f32];
     let mut buffers = vec![
         match backward {

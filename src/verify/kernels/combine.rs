@@ -69,9 +69,7 @@ impl Inputs {
             hidden,
             mode,
             rows,
-            vectors: (0..routed.experts() * hidden)
-                .map(|_| random.normal())
-                .collect(),
+            vectors: random.normals(routed.experts() * hidden),
             before: random.normals_bf16(routed.tokens() * hidden),
             routed,
         }

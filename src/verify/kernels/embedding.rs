@@ -110,7 +110,7 @@ pub fn gradient_problem(
 ) -> Problem {
     let mut random = Random((tokens + vocabulary) as u64);
     let dy = random.normals_bf16(tokens * hidden);
-    let before: Vec<f32> = (0..vocabulary * hidden).map(|_| random.normal()).collect();
+    let before = random.normals(vocabulary * hidden);
     let ids = ids(of, tokens, vocabulary);
     let mut order: Vec<i32> = (0..tokens as i32).collect();
     order.sort_by_key(|&t| key(ids[t as usize], vocabulary));

@@ -197,8 +197,8 @@ pub fn sums_problem(inputs: &Arc<Sums>) -> Problem {
 /// rows without mass.
 pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weighting) -> Problem {
     let mut random = Random(experts as u64 * 29 + hidden as u64);
-    let mut normals = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
-    let (average, mut sums) = (normals(experts * hidden), normals(experts * hidden));
+    let average = random.normals(experts * hidden);
+    let mut sums = random.normals(experts * hidden);
     let mut masses = Vec::new();
     for expert in 0..experts {
         let (rows, mass) = match expert {
@@ -264,7 +264,7 @@ pub fn mean_problem(inputs: &Arc<Sums>, weighting: routegrad_weighting) -> Probl
     let i = inputs.clone();
     let (experts, hidden) = (i.routed.experts(), i.hidden);
     let mut random = Random(experts as u64 * 37 + hidden as u64);
-    let old: Vec<f32> = (0..experts * hidden).map(|_| random.normal()).collect();
+    let old = random.normals(experts * hidden);
     let beta = 0.9f32;
     let mut buffers = vec![
         Buffer::changed("average", &old),

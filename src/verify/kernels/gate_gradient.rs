@@ -50,9 +50,7 @@ impl Inputs {
     pub fn new(batch: Batch, hidden: usize, dot_columns: usize, kind: Kind) -> Self {
         let routed = Routed::new(batch);
         let mut random = Random(hidden as u64 + 19 * routed.rows_given as u64);
-        let mut dots: Vec<f32> = (0..routed.rows_given * dot_columns)
-            .map(|_| random.normal())
-            .collect();
+        let mut dots = random.normals(routed.rows_given * dot_columns);
         dots[routed.sorted.rows() * dot_columns..].fill(f32::NAN);
         Self {
             hidden,
@@ -60,9 +58,7 @@ impl Inputs {
             kind,
             dots,
             g: random.normals_bf16(routed.tokens() * hidden),
-            vectors: (0..routed.experts() * hidden)
-                .map(|_| random.normal())
-                .collect(),
+            vectors: random.normals(routed.experts() * hidden),
             routed,
         }
     }

@@ -83,7 +83,7 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
     }
     let (tokens, experts) = (routed.tokens(), routed.experts());
     let mut random = Random((tokens * 3 + experts) as u64);
-    let mut dw: Vec<f32> = (0..tokens * experts).map(|_| random.normal()).collect();
+    let mut dw = random.normals(tokens * experts);
     let mut p = routed.gates.clone();
     let chosen: Vec<Vec<bool>> = (0..tokens)
         .map(|t| {

@@ -179,13 +179,15 @@ pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
 }
 
 fn problems(layers: Vec<Layer>) -> Vec<MakeProblem> {
-    let shapes = pairs(layers, [Sums::Gated, Sums::Plain, Sums::None]).into_iter();
-    let all_tiles = shapes.flat_map(|(layer, sums)| {
-        let mut tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
-        tiles.push(ROUTEGRAD_TILE_AUTO);
-        sharing(tiles, move || Down::new(&layer, sums), problem)
-    });
-    all_tiles.collect()
+    let shapes = pairs(layers, [Sums::Gated, Sums::Plain, Sums::None]);
+    let mut tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
+    tiles.push(ROUTEGRAD_TILE_AUTO);
+    sharing(
+        shapes,
+        &tiles,
+        |(layer, sums)| Down::new(&layer, sums),
+        problem,
+    )
 }
 
 /// Returns the cases of the kernels in this file.

@@ -102,10 +102,12 @@ fn judge_line(
     })
 }
 
-fn launch(o: &Operands, tile: i32) -> Launch {
+/// Returns the launch of `o` with `tile` on the buffers of [`problem`].
+pub(crate) fn launch(o: &Operands, tile: routegrad_gemm_tile) -> Launch {
     let (product, gather, accumulate) = (o.product, o.gather, o.added_to.is_some());
     let (experts, n, k) = (o.shape.counts.len(), o.shape.n, o.shape.k);
     let (rows, a_height, b_height) = (o.rows_given, o.a_height, o.b_height);
+    let tile = tile as i32;
     Box::new(move |p, stream| {
         let [of_a, of_b] = [Gather::A, Gather::B].map(|operand| gather == operand);
         match product {
@@ -115,7 +117,7 @@ fn launch(o: &Operands, tile: i32) -> Launch {
             })
             .launch(stream),
             InputGradient => bind!(p, GroupedGemmInputGradient {
-                dx = "out", dout = "a", w = "b", offsets, row_token = "index" if of_a;
+                dx, dout = "a", w = "b", offsets, row_token = "index" if of_a;
                 rows, dout_rows: a_height, experts, n, k, tile,
             })
             .launch(stream),
@@ -129,45 +131,35 @@ fn launch(o: &Operands, tile: i32) -> Launch {
     })
 }
 
-/// Returns the launch of `operands` with `tile`. Buffers: output, a, b, offsets and, if rows are gathered, the index.
+/// Returns the launch of `operands` with `tile`. Buffers: result, a, b, offsets and, if rows are gathered, the index.
 pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
     let o = operands.clone();
-    let output = match &o.added_to {
-        Some(before) => Buffer::changed("dw", before),
-        None => Buffer::output(
-            if o.product == WeightGradient {
-                "dw"
-            } else {
-                "out"
-            },
-            o.output_bytes(),
-        ),
-    };
+    let result = o.product.result();
     let mut buffers = vec![
-        output,
+        match &o.added_to {
+            Some(before) => Buffer::changed(result, before),
+            None => Buffer::output(result, o.output_bytes()),
+        },
         Buffer::input("a", &o.a),
         Buffer::input("b", &o.b),
         Buffer::input("offsets", &o.offsets),
     ];
     buffers.extend(o.index.as_ref().map(|index| Buffer::input("index", index)));
-    let label = operands.label(tile);
     Problem {
-        label,
+        label: o.label(tile),
         buffers,
-        launch: launch(&o, tile as i32),
+        launch: launch(&o, tile),
         judge: Box::new(move |out| judge(&o, &out[0])),
     }
 }
 
 /// Returns problems for every tile and the automatic choice, for every kind of gathering, over `shapes`.
 fn problems(product: Product, accumulate: bool, shapes: Vec<Shape>) -> Vec<MakeProblem> {
-    let shapes = pairs(shapes, product.gathers()).into_iter();
-    let all_tiles = shapes.flat_map(|(shape, &gather)| {
-        let tiles = product.tiles().chain([ROUTEGRAD_TILE_AUTO]);
-        let operands = move || Operands::new(product, gather, accumulate, &shape);
-        sharing(tiles, operands, problem)
-    });
-    all_tiles.collect()
+    let tiles: Vec<_> = product.tiles().chain([ROUTEGRAD_TILE_AUTO]).collect();
+    let operands = move |(shape, gather): (Shape, &Gather)| {
+        Operands::new(product, *gather, accumulate, &shape)
+    };
+    sharing(pairs(shapes, product.gathers()), &tiles, operands, problem)
 }
 
 /// Returns the cases of the kernels in this file.

@@ -6,7 +6,7 @@ use super::experts::{
 };
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product, exact, tiles_of_device};
-use super::{Buffer, Case, MakeProblem, Problem, launch_of, pairs, sharing, values};
+use super::{Buffer, Case, Problem, launch_of, pairs, sharing, values};
 use crate::kernels::bindings::*;
 use crate::kernels::{GroupedSwigluBackward, GroupedSwigluForward};
 use half::bf16;
@@ -228,37 +228,21 @@ pub fn backward_problem(
     }
 }
 
-fn forward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
-    let shapes = pairs(layers.to_vec(), [Gather::A, Gather::None]).into_iter();
-    let all_tiles = shapes.flat_map(|(layer, gather)| {
-        let mut tiles = tiles_of_device(&FORWARD_TILES, ROUTEGRAD_TILE_MMA_128X128);
-        tiles.push(ROUTEGRAD_TILE_AUTO);
-        sharing(tiles, move || Forward::new(&layer, gather), forward_problem)
-    });
-    all_tiles.collect()
-}
-
-fn backward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
-    let shapes = pairs(layers.to_vec(), [Gather::A, Gather::None]).into_iter();
-    let all_tiles = shapes.flat_map(|(layer, gather)| {
-        let tiles = tiles_of_device(&BACKWARD_TILES, (ROUTEGRAD_TILE_MMA_128X128, 128));
-        sharing(
-            tiles,
-            move || Backward::new(&layer, gather),
-            backward_problem,
-        )
-    });
-    all_tiles.collect()
-}
-
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
+    let mut forward_tiles = tiles_of_device(&FORWARD_TILES, ROUTEGRAD_TILE_MMA_128X128);
+    forward_tiles.push(ROUTEGRAD_TILE_AUTO);
+    let backward_tiles = tiles_of_device(&BACKWARD_TILES, (ROUTEGRAD_TILE_MMA_128X128, 128));
     let of = |layers: Vec<Layer>, case: fn(_, _, _) -> Case| {
+        let shapes = pairs(layers, [Gather::A, Gather::None]);
+        let forward = |(layer, gather): (Layer, Gather)| Forward::new(&layer, gather);
+        let backward = |(layer, gather): (Layer, Gather)| Backward::new(&layer, gather);
+        let forward = sharing(shapes.clone(), &forward_tiles, forward, forward_problem);
+        let backward = sharing(shapes, &backward_tiles, backward, backward_problem);
         [
-            ("grouped_swiglu_forward", forward_problems(&layers)),
-            ("grouped_swiglu_backward", backward_problems(&layers)),
+            case("grouped_swiglu_forward", "grouped_swiglu", forward),
+            case("grouped_swiglu_backward", "grouped_swiglu", backward),
         ]
-        .map(|(launcher, problems)| case(launcher, "grouped_swiglu", problems))
     };
     let small = of(small_layers(), Case::small);
     small

@@ -116,7 +116,7 @@ fn judge_tally(t: Tally, counts: &[i32], out: &[Vec<u8>]) -> Result<Errors, Stri
 fn entropy(tokens: usize, experts: usize) -> Problem {
     const PART: usize = 256;
     let mut random = Random((tokens * experts) as u64);
-    let mut scores: Vec<f32> = (0..tokens * experts).map(|_| random.normal()).collect();
+    let mut scores = random.normals(tokens * experts);
     for row in scores.chunks_mut(experts).step_by(5) {
         row.iter_mut().for_each(|s| *s = -s.abs());
     }
@@ -147,7 +147,7 @@ fn entropy(tokens: usize, experts: usize) -> Problem {
 fn bias(experts: usize) -> Problem {
     const RATE: f32 = 1e-3;
     let mut random = Random(experts as u64 + 5);
-    let before: Vec<f32> = (0..experts).map(|_| random.normal()).collect();
+    let before = random.normals(experts);
     // The mean is 10, since the counts of each pair lie symmetrically around it; some counts are equal to it.
     let load: Vec<f64> = (0..experts)
         .map(|i| match (i % 4, experts % 4) {

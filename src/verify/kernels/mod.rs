@@ -44,7 +44,7 @@ pub mod swiglu;
 pub mod unit;
 
 pub use bound::Bound;
-use bound::{bind, launch_of};
+pub(crate) use bound::{bind, launch_of};
 pub use machine::{Guarded, Machine, Simulator};
 pub use numbers::Errors;
 pub use problem::{
@@ -146,26 +146,30 @@ impl<'a> Run<'a> {
         self.buffers.iter().map(Guarded::pointer).collect()
     }
 
-    /// Returns the first `bytes` bytes of a buffer after all earlier launches; fewer if the buffer is shorter.
+    /// Returns the first `bytes` bytes of the buffer called `name` after all earlier launches; fewer if it is shorter.
     ///
     /// # Errors
     /// When a launch failed.
-    pub fn content(&self, buffer: usize, bytes: usize) -> Result<Vec<u8>> {
+    ///
+    /// # Panics
+    /// When no buffer has this name.
+    pub fn content(&self, name: &str, bytes: usize) -> Result<Vec<u8>> {
         self.machine.finish()?;
-        self.buffers[buffer].read_first(bytes)
+        let place = self.problem.buffers.iter().position(|b| b.name == name);
+        self.buffers[place.expect("a buffer of the problem")].read_first(bytes)
     }
 
     /// Launches the problem; on a GPU it may still be running on return.
     pub fn launch(&self) -> Result<()> {
-        self.launch_as(self.problem)
+        self.launch_as(&self.problem.launch)
     }
 
-    /// Launches another problem on the same buffers.
+    /// Launches something else on the buffers of the problem.
     ///
     /// # Errors
     /// When the launcher returns an error.
-    pub fn launch_as(&self, problem: &Problem) -> Result<()> {
-        (problem.launch)(&self.bound(), &self.machine.stream()?)
+    pub fn launch_as(&self, launch: &Launch) -> Result<()> {
+        launch(&self.bound(), &self.machine.stream()?)
     }
 
     /// Waits for the launches and returns the content of the outputs.

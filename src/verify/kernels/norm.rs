@@ -199,7 +199,7 @@ pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) ->
     let bytes = 2 * i.rows * i.hidden;
     let runs = NormBackward::runs(i.rows);
     let mut random = Random(i.hidden as u64 + 7);
-    let before: Vec<f32> = (0..2 * i.hidden).map(|_| random.normal()).collect();
+    let before = random.normals(2 * i.hidden);
     let parameter = |name, of: &[f32]| Buffer::added_to(name, of, accumulate);
     let vectors = if i.kind == Layer { 2 } else { 1 };
     let buffers = vec![

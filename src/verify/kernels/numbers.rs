@@ -6,10 +6,13 @@ use rayon::prelude::*;
 /// SplitMix64.
 pub struct Random(pub u64);
 
+/// Increment of the state of SplitMix64.
+pub const SPLITMIX_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+
 impl Random {
     /// Returns the next 64 random bits.
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        self.0 = self.0.wrapping_add(SPLITMIX_STEP);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -30,6 +33,11 @@ impl Random {
     pub fn normal(&mut self) -> f32 {
         let radius = (-2.0 * self.unit().ln()).sqrt();
         (radius * (std::f64::consts::TAU * self.unit()).cos()) as f32
+    }
+
+    /// Returns standard normal numbers.
+    pub fn normals(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.normal()).collect()
     }
 
     /// Returns standard normal numbers, rounded to bf16. They are generated in parallel and do not depend on the number of

@@ -3,7 +3,9 @@
 
 use super::numbers::Random;
 use crate::kernels::bindings::*;
+use crate::kernels::cost::Cost;
 use crate::kernels::launchers;
+use crate::kernels::{GroupedGemmForward, GroupedGemmWeightGradient};
 use crate::tensor::cpu::{Accumulate, Mat, matmul};
 use half::bf16;
 use rayon::prelude::*;
@@ -31,6 +33,26 @@ impl Product {
             Forward => "grouped_gemm_forward",
             InputGradient => "grouped_gemm_input_gradient",
             WeightGradient => "grouped_gemm_weight_gradient",
+        }
+    }
+
+    /// Returns the FLOPs, and the bytes that must be moved once: operands and result.
+    pub fn cost(self, shape: &Shape) -> Cost {
+        let (rows, experts) = (shape.rows(), shape.counts.len());
+        match self {
+            WeightGradient => {
+                GroupedGemmWeightGradient::cost(rows, experts, shape.n, shape.k, false)
+            }
+            _ => GroupedGemmForward::cost(rows, experts, shape.n, shape.k),
+        }
+    }
+
+    /// Returns the name of the result.
+    pub fn result(self) -> &'static str {
+        match self {
+            Forward => "out",
+            InputGradient => "dx",
+            WeightGradient => "dw",
         }
     }
 
@@ -175,6 +197,30 @@ impl Operands {
         Self::with_spare_rows(product, Gather::None, false, shape, 0)
     }
 
+    /// For operands that are given; 64 lines are checked.
+    pub fn of(product: Product, shape: &Shape, a: Vec<bf16>, b: Vec<bf16>) -> Self {
+        let rows = shape.rows();
+        let ends = shape.counts.iter().scan(0, |sum, &count| {
+            *sum += count as i32;
+            Some(*sum)
+        });
+        Self {
+            product,
+            gather: Gather::None,
+            shape: shape.clone(),
+            rows_given: rows,
+            offsets: std::iter::once(0).chain(ends).collect(),
+            index: None,
+            a,
+            b,
+            a_height: rows,
+            b_height: rows,
+            added_to: None,
+            lines_judged: 64,
+            reference: OnceLock::new(),
+        }
+    }
+
     fn with_spare_rows(
         product: Product,
         gather: Gather,
@@ -212,28 +258,15 @@ impl Operands {
                 })
                 .collect()
         });
-        let ends = shape.counts.iter().scan(0, |sum, &count| {
-            *sum += count as i32;
-            Some(*sum)
-        });
-        let offsets = std::iter::once(0).chain(ends).collect();
-        let added_to = accumulate.then(|| (0..experts * n * k).map(|_| random.normal()).collect());
-        let shape = shape.clone();
-        let (lines_judged, reference) = (64, OnceLock::new());
+        let added_to = accumulate.then(|| random.normals(experts * n * k));
         Self {
-            product,
             gather,
-            shape,
             rows_given,
-            offsets,
             index,
-            a,
-            b,
             a_height,
             b_height,
             added_to,
-            lines_judged,
-            reference,
+            ..Self::of(product, shape, a, b)
         }
     }
 

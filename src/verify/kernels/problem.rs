@@ -33,6 +33,10 @@ pub enum Content {
 pub type Fill = Box<dyn Fn(&[*mut u8]) -> Vec<u8> + Send + Sync>;
 
 impl Buffer {
+    fn new(name: &'static str, content: Content) -> Self {
+        Self { name, content }
+    }
+
     /// A table whose rows `fill` computes from the buffers' addresses.
     pub fn table<R: Row>(
         name: &'static str,
@@ -41,32 +45,23 @@ impl Buffer {
     ) -> Self {
         let bytes = rows * size_of::<R>();
         let fill = move |addresses: &[*mut u8]| bytes_of(&fill(addresses)).to_vec();
-        Self {
-            name,
-            content: Content::Table(bytes, Box::new(fill)),
-        }
+        Self::new(name, Content::Table(bytes, Box::new(fill)))
     }
 
     /// A buffer that the kernel only reads.
     pub fn input<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
-        Self {
-            name,
-            content: Content::Input(bytemuck::cast_slice(values).to_vec()),
-        }
+        Self::new(name, Content::Input(bytemuck::cast_slice(values).to_vec()))
     }
     /// A buffer of this many bytes that the kernel writes.
     pub fn output(name: &'static str, bytes: usize) -> Self {
-        Self {
-            name,
-            content: Content::Output(bytes),
-        }
+        Self::new(name, Content::Output(bytes))
     }
     /// A buffer that the kernel changes in place, with its content before the launch.
     pub fn changed<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
-        Self {
+        Self::new(
             name,
-            content: Content::Changed(bytemuck::cast_slice(values).to_vec()),
-        }
+            Content::Changed(bytemuck::cast_slice(values).to_vec()),
+        )
     }
 
     /// A buffer to which the kernel adds, or, without `accumulate`, which it overwrites whatever it holds.
@@ -82,10 +77,7 @@ impl Buffer {
     }
     /// A workspace of this many bytes.
     pub fn workspace(name: &'static str, bytes: usize) -> Self {
-        Self {
-            name,
-            content: Content::Workspace(bytes),
-        }
+        Self::new(name, Content::Workspace(bytes))
     }
 
     /// Returns the size in bytes.
@@ -223,12 +215,22 @@ pub fn pairs<A: Clone, B>(
     a.into_iter().flat_map(with).collect()
 }
 
-/// Returns a problem for each tile, all of the same inputs, which are made when they are first needed.
-pub fn sharing<I: Send + Sync + 'static, T: Clone + Send + Sync + 'static>(
-    tiles: impl IntoIterator<Item = T>,
-    inputs: impl FnOnce() -> I + Send + 'static,
+/// Returns a problem for each shape and tile. The tiles of a shape share its inputs, which are made when they are first
+/// needed.
+pub fn sharing<S, I, T>(
+    shapes: Vec<S>,
+    tiles: &[T],
+    inputs: impl Fn(S) -> I + Copy + Send + 'static,
     problem: fn(&Arc<I>, T) -> Problem,
-) -> Vec<MakeProblem> {
-    let inputs = Arc::new(LazyLock::new(move || Arc::new(inputs())));
-    each(tiles, move |tile| problem(&inputs, tile))
+) -> Vec<MakeProblem>
+where
+    S: Send + 'static,
+    I: Send + Sync + 'static,
+    T: Clone + Send + Sync + 'static,
+{
+    let of_shape = |shape: S| {
+        let inputs = Arc::new(LazyLock::new(move || Arc::new(inputs(shape))));
+        each(tiles.to_vec(), move |tile| problem(&inputs, tile))
+    };
+    shapes.into_iter().flat_map(of_shape).collect()
 }

@@ -4,7 +4,7 @@ use super::experts::Bounded;
 use super::grouped_down::TILES;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::{exact, tiles_of_device};
-use super::rope::{Shape, tables};
+use super::rope::{Shape, shape, tables};
 use super::{Buffer, Case, Problem, each, launch_of, pairs, values};
 use crate::kernels::QkvRopeForward;
 use crate::kernels::bindings::{ROUTEGRAD_TILE_MMA_128X128, routegrad_gemm_tile};
@@ -106,16 +106,6 @@ pub fn problem(inputs: &Arc<Inputs>, tile: routegrad_gemm_tile) -> Problem {
             tile: tile as i32,
         }),
         judge: Box::new(move |out| i.judge(&values(&out[0]))),
-    }
-}
-
-const fn shape(b: usize, s: usize, heads: usize, key_value_heads: usize, width: usize) -> Shape {
-    Shape {
-        sequences: b,
-        sequence: s,
-        heads,
-        key_value_heads,
-        width,
     }
 }
 

@@ -127,16 +127,17 @@ fn judge(shape: &Shape, x: &[bf16], back: bool, y: &[bf16]) -> Result<Errors, St
     Ok(errors)
 }
 
-const fn shape(
-    sequences: usize,
-    sequence: usize,
+/// B sequences of S tokens, with H query heads, `key_value_heads` key heads, and this head width.
+pub(super) const fn shape(
+    b: usize,
+    s: usize,
     heads: usize,
     key_value_heads: usize,
     width: usize,
 ) -> Shape {
     Shape {
-        sequences,
-        sequence,
+        sequences: b,
+        sequence: s,
         heads,
         key_value_heads,
         width,

@@ -111,7 +111,7 @@ impl Batch {
             }
             Ordinary | Biased | Large => {}
         }
-        let bias = (kind == Biased).then(|| (0..experts).map(|_| random.normal()).collect());
+        let bias = (kind == Biased).then(|| random.normals(experts));
         let logits = (0..tokens * experts)
             .into_par_iter()
             .map(|i| {
@@ -370,7 +370,7 @@ fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
     let width = 2 * experts + 2;
     let mut random = Random((tokens + experts) as u64);
     let floats = partials(launchers::sim()?, tokens, experts)?;
-    let partials: Vec<f32> = (0..floats).map(|_| random.normal()).collect();
+    let partials = random.normals(floats);
     let buffers = vec![
         Buffer::output("statistics", width * 4),
         Buffer::input("partials", &partials),

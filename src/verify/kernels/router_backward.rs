@@ -67,17 +67,22 @@ impl Batch {
             ROUTEGRAD_SCORE_RELU => logits[i].max(0.0),
             _ => logits[i],
         };
-        let mut normals = |len: usize| (0..len).map(|_| random.normal()).collect::<Vec<f32>>();
         let mut batch = Self {
             shape,
             scores: (0..tokens * experts).map(|i| score_of(i) as f32).collect(),
             log_sum_exp,
-            dscores: given[0].then(|| normals(tokens * experts)),
+            dscores: given[0].then(|| random.normals(tokens * experts)),
             // The gradient of a mean is divided by T for each token; it is scaled to the magnitude of the other gradients.
-            dmean: given[1].then(|| normals(experts).iter().map(|v| v * tokens as f32).collect()),
+            dmean: given[1].then(|| {
+                random
+                    .normals(experts)
+                    .iter()
+                    .map(|v| v * tokens as f32)
+                    .collect()
+            }),
             dlse2: given[2].then_some(0.3 * tokens as f32),
-            w: normals(experts * hidden),
-            dw_before: accumulate.then(|| normals(experts * hidden)),
+            w: random.normals(experts * hidden),
+            dw_before: accumulate.then(|| random.normals(experts * hidden)),
             x: random.normals_bf16(tokens * hidden),
             dx_before: accumulate.then(|| random.normals_bf16(tokens * hidden)),
             dz: Vec::new(),

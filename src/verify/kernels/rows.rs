@@ -63,7 +63,7 @@ fn sums(s: Sums) -> Problem {
         m
     };
     let (x, y) = (matrix(), matrix());
-    let scales: Vec<f32> = (0..s.rows * s.pieces).map(|_| random.normal()).collect();
+    let scales = random.normals(s.rows * s.pieces);
     Problem {
         label: format!("{s:?}"),
         buffers: vec![

@@ -25,7 +25,7 @@ impl Inputs {
         let count = tokens * experts;
         let mut inputs = Inputs {
             logits: (0..count).map(|_| spread * random.normal()).collect(),
-            dw: (0..count).map(|_| random.normal()).collect(),
+            dw: random.normals(count),
             chosen: Vec::new(),
             factors: Vec::new(),
             kept: Vec::new(),

@@ -165,10 +165,7 @@ fn judge(d: Decision, got: routegrad_step_outcome, norm: f64) -> Result<Errors, 
 
 /// Tensors with these numbers of words, which are committed or restored.
 fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
-    let numbers = |seed: u64, n: usize| -> Vec<f32> {
-        let mut random = Random(seed);
-        (0..n).map(|_| random.normal()).collect()
-    };
+    let numbers = |seed: u64, n: usize| Random(seed).normals(n);
     let mut buffers = Vec::new();
     for (i, &n) in sizes.iter().enumerate() {
         buffers.push(Buffer::changed("committed", &numbers(2 * i as u64, n)));

@@ -7,8 +7,7 @@ use crate::kernels::sum_parts::SumParts;
 /// Buffers: out, parts.
 fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
     let mut random = Random((count * elements) as u64);
-    let mut normals = |n: usize| -> Vec<f32> { (0..n).map(|_| random.normal()).collect() };
-    let (before, parts) = (normals(elements), normals(count * elements));
+    let (before, parts) = (random.normals(elements), random.normals(count * elements));
     Problem {
         label: format!("{count} parts of {elements}, accumulate {accumulate}"),
         buffers: vec![

@@ -280,7 +280,7 @@ fn softmax() -> Problem {
     const ROWS: usize = 9;
     const COLUMNS: usize = 777;
     let mut random = Random(3);
-    let input: Vec<f32> = (0..ROWS * COLUMNS).map(|_| random.normal()).collect();
+    let input = random.normals(ROWS * COLUMNS);
     Problem {
         label: format!("{ROWS} rows of {COLUMNS}"),
         buffers: vec![
