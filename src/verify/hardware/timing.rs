@@ -49,7 +49,8 @@ fn side(timing: &Timing, flops: f64, floor: Option<f64>) -> Value {
     })
 }
 
-/// Times the case called `name` of a group of attention. Returns a sentence and the measurements; `None` if the group has no such case.
+/// Times the case called `name` of a group of attention. Returns a sentence and the measurements; `None` if the group has
+/// no such case.
 ///
 /// # Errors
 /// When it cannot run.
