@@ -49,22 +49,19 @@ impl Launches<'_> {
     }
 
     pub fn router(&self) -> Result<()> {
-        let p = self.p;
-        let Sizes {
-            tokens,
-            experts,
-            hidden,
-            ..
-        } = self.sizes;
+        let (p, s) = (self.p, self.sizes);
         bind!(p, RouterForward {
             scores, log_sum_exp, choices = "chosen", partials = "score_partials", first_non_finite,
             x, w = "router";
-            selection_bias: None, tokens, experts, hidden, choices_per_token: self.sizes.slots,
-            score: ROUTEGRAD_SCORE_SOFTMAX,
+            selection_bias: None, tokens: s.tokens, experts: s.experts, hidden: s.hidden,
+            choices_per_token: s.slots, score: ROUTEGRAD_SCORE_SOFTMAX,
         })
         .launch(self.stream)?;
-        bind!(p, RouterStatistics { statistics, partials = "score_partials"; tokens, experts })
-            .launch(self.stream)
+        bind!(p, RouterStatistics {
+            statistics, partials = "score_partials";
+            tokens: s.tokens, experts: s.experts,
+        })
+        .launch(self.stream)
     }
 
     fn dispatch(&self) -> Result<()> {
@@ -195,22 +192,16 @@ impl Launches<'_> {
     }
 
     fn router_backward(&self) -> Result<()> {
-        let p = self.p;
-        let Sizes {
-            tokens,
-            experts,
-            hidden,
-            ..
-        } = self.sizes;
+        let (p, s) = (self.p, self.sizes);
         bind!(p, RouterBackward {
             dx, dz, dw_partials = "router_partials", scores, dscores = "dgates", x, w = "router";
-            log_sum_exp: None, dmean: None, dlse2: None, tokens, experts, hidden,
-            score: ROUTEGRAD_SCORE_SOFTMAX, accumulate: true,
+            log_sum_exp: None, dmean: None, dlse2: None, tokens: s.tokens, experts: s.experts,
+            hidden: s.hidden, score: ROUTEGRAD_SCORE_SOFTMAX, accumulate: true,
         })
         .launch(self.stream)?;
         bind!(p, RouterWeightGradient {
             dw = "drouter", dw_partials = "router_partials";
-            tokens, experts, hidden, accumulate: false,
+            tokens: s.tokens, experts: s.experts, hidden: s.hidden, accumulate: false,
         })
         .launch(self.stream)
     }
