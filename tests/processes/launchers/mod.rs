@@ -8,6 +8,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,7 @@ impl Launcher {
         }
         if self == Launcher::OpenMpi {
             launched.args(["--allow-run-as-root", "--oversubscribe"]);
+            launched.env("TMPDIR", own_folder());
         }
         for (i, (ranks, command)) in commands.iter().enumerate() {
             if i > 0 {
@@ -79,6 +81,16 @@ pub fn variables(size: usize, port: u16) -> [(&'static str, String); 6] {
         ("TORCHELASTIC_RUN_ID", "test".into()),
         ("ROUTEGRAD_RANKS_PORT", port.to_string()),
     ]
+}
+
+/// A new folder for the files of an `mpirun`: of two that share one, the first to end may remove it while the other starts.
+fn own_folder() -> PathBuf {
+    static STARTED: AtomicUsize = AtomicUsize::new(0);
+    let count = STARTED.fetch_add(1, Ordering::Relaxed);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .join(format!("mpirun-{}-{count}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    folder
 }
 
 /// A port that nobody has.
