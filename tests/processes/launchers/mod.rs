@@ -8,7 +8,6 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -85,12 +84,8 @@ pub fn variables(size: usize, port: u16) -> [(&'static str, String); 6] {
 
 /// A new folder for the files of an `mpirun`: of two that share one, the first to end may remove it while the other starts.
 fn own_folder() -> PathBuf {
-    static STARTED: AtomicUsize = AtomicUsize::new(0);
-    let count = STARTED.fetch_add(1, Ordering::Relaxed);
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .join(format!("mpirun-{}-{count}", std::process::id()));
-    fs::create_dir_all(&folder).unwrap();
-    folder
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    folder.keep()
 }
 
 /// A port that nobody has.
