@@ -108,11 +108,10 @@ impl Builder {
         let data = corpus.fingerprint();
         ranks::check_data(&*dist, &data)?;
         doing("the making of the model");
-        let own = Box::new(dist.clone());
         let mut notes = Vec::new();
         let parts = match &saved {
-            None => anew(self.config, data, own)?,
-            Some(saved) => resume(saved, self.config, data, own, &mut notes)?,
+            None => anew(self.config, data, dist.clone())?,
+            Some(saved) => resume(saved, self.config, data, dist.clone(), &mut notes)?,
         };
         let mut hooks = self.hooks;
         if let Some(run) = &run {
@@ -256,7 +255,7 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
 fn anew(
     config: Config,
     data: String,
-    dist: Box<dyn Collective>,
+    dist: Arc<dyn Collective>,
 ) -> Result<(Model, StepExecutor, TrainerState)> {
     let model = Model::with_router(&config, routers::build(&config.router)?, dist)?;
     let executor = StepExecutor::new(&config.train, &model);
@@ -268,7 +267,7 @@ fn resume(
     saved: &Checkpoint,
     config: Config,
     data: String,
-    dist: Box<dyn Collective>,
+    dist: Arc<dyn Collective>,
     notes: &mut Vec<String>,
 ) -> Result<(Model, StepExecutor, TrainerState)> {
     let device = config.train.device;

@@ -20,6 +20,7 @@ use crate::train::optimizer::Moments;
 use crate::train::step::StepExecutor;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+use std::sync::Arc;
 
 /// `trainer.json`: the position of the run, and its configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -254,7 +255,7 @@ pub fn load_model_with(
     checkpoint: &Checkpoint,
     change: impl FnOnce(&mut Config),
 ) -> Result<(Model, TrainerState)> {
-    load_model_on(checkpoint, change, Box::new(SingleRank))
+    load_model_on(checkpoint, change, Arc::new(SingleRank))
 }
 
 /// Loads the model of a checkpoint as one of several ranks.
@@ -264,7 +265,7 @@ pub fn load_model_with(
 pub fn load_model_on(
     checkpoint: &Checkpoint,
     change: impl FnOnce(&mut Config),
-    dist: Box<dyn Collective>,
+    dist: Arc<dyn Collective>,
 ) -> Result<(Model, TrainerState)> {
     let path = checkpoint.path();
     let foreign = |e: String| {
