@@ -131,17 +131,13 @@ impl Manifest {
         sum
     }
 
-    /// Returns the manifest as JSON, with the checksum, as it is written to the file.
-    pub(super) fn text(&self) -> String {
-        let with = |checksum: String| {
-            let manifest = Manifest {
-                checksum,
-                ..self.clone()
-            };
-            // A manifest has only strings, lists and whole numbers, which JSON can represent.
-            serde_json::to_string_pretty(&manifest).unwrap_or_default() + "\n"
-        };
-        with(digest(with(String::new()).as_bytes()))
+    /// Sets the checksum, and returns the manifest as JSON, as it is written to the file.
+    pub(super) fn seal(&mut self) -> String {
+        // A manifest has only strings, lists and whole numbers, which JSON can represent.
+        let text = |m: &Self| serde_json::to_string_pretty(m).unwrap_or_default() + "\n";
+        self.checksum.clear();
+        self.checksum = digest(text(self).as_bytes());
+        text(self)
     }
 }
 
@@ -200,8 +196,9 @@ impl Folder {
             ));
         }
         let text = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
-        let value: serde_json::Value = serde_json::from_str(&text)
-            .map_err(|e| changed(&file, "the manifest that was written".into(), e.to_string()))?;
+        let damaged =
+            |e: serde_json::Error| changed(&file, "the manifest that was written", e.to_string());
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(damaged)?;
         if value["format"] != FORMAT {
             return Err(Error::file(
                 &file,
@@ -210,11 +207,10 @@ impl Folder {
                 "prepare the text again with this program",
             ));
         }
-        let manifest: Manifest = serde_json::from_value(value)
-            .map_err(|e| changed(&file, "the manifest that was written".into(), e.to_string()))?;
-        if manifest.text() != text {
-            let expected = format!("a text of checksum {}", manifest.checksum);
-            return Err(changed(&file, expected, "another one".into()));
+        let mut manifest: Manifest = serde_json::from_value(value).map_err(damaged)?;
+        let expected = format!("a text of checksum {}", manifest.checksum);
+        if manifest.seal() != text {
+            return Err(changed(&file, expected, "another one"));
         }
         let folder = Folder {
             path: path.to_path_buf(),
@@ -228,20 +224,13 @@ impl Folder {
         let width = u64::from(self.manifest.token_bytes);
         if !matches!(width, 2 | 4) {
             let path = self.path.join(MANIFEST);
-            return Err(changed(
-                &path,
-                "tokens of 2 or 4 bytes".into(),
-                width.to_string(),
-            ));
+            return Err(changed(&path, "tokens of 2 or 4 bytes", width.to_string()));
         }
         for shard in &self.manifest.shards {
-            let counts = shard.counts;
-            expect_size(&self.file(shard, "bin"), counts.tokens.checked_mul(width))?;
-            let entry = size_of::<Entry>() as u64;
-            expect_size(
-                &self.file(shard, "idx"),
-                counts.documents.checked_mul(entry),
-            )?;
+            let tokens = shard.counts.tokens.checked_mul(width);
+            let index = (shard.counts.documents).checked_mul(size_of::<Entry>() as u64);
+            expect_size(&self.file(shard, "bin"), tokens)?;
+            expect_size(&self.file(shard, "idx"), index)?;
         }
         Ok(())
     }
@@ -382,8 +371,8 @@ impl Folder {
                 let mut entry: Entry = bytemuck::pod_read_unaligned(entry);
                 let whole = entry.end >= last && entry.source < self.manifest.sources.len() as u64;
                 if !whole {
-                    let expected = "documents in increasing order".to_string();
-                    return Err(changed(&path, expected, format!("{entry:?}")));
+                    let got = format!("{entry:?}");
+                    return Err(changed(&path, "documents in increasing order", got));
                 }
                 last = entry.end;
                 entry.end += before;
@@ -403,6 +392,5 @@ fn expect_digest(path: &Path, expected: &str, got: &str) -> Result<()> {
     if expected == got {
         return Ok(());
     }
-    let expected = format!("the digest {expected}");
-    Err(changed(path, expected, got.to_string()))
+    Err(changed(path, format!("the digest {expected}"), got))
 }

@@ -2,14 +2,14 @@
 
 use super::Options;
 use super::items::{Counted, Documents};
-use super::lines::{JsonLines, Separated};
+use super::lines::{JsonLines, Parts, Separated};
 use crate::data::compressed::{self, decompressed, plain_name};
 use crate::data::folder::{FORMAT, MANIFEST};
 use crate::data::plain::PlainText;
 use crate::error::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 /// A file of documents.
@@ -192,12 +192,13 @@ pub(super) fn open(path: &Path, options: &Options) -> Result<Box<dyn Documents>>
     let file = BufReader::with_capacity(1 << 18, counted.clone().of(file));
     let lines = !plain_name(path).ends_with(TEXT);
     let plain = PlainText::new(decompressed(path, file), !lines);
-    let reader: Box<dyn BufRead + Send> = Box::new(BufReader::with_capacity(1 << 18, plain));
+    let reader = Box::new(BufReader::with_capacity(1 << 18, plain));
+    let parts = Parts::new(reader, counted);
     if lines {
-        return Ok(Box::new(JsonLines::new(path, reader, counted, options)?));
+        return Ok(Box::new(JsonLines::new(path, parts, options)?));
     }
     let separator = options.separator.clone();
-    Ok(Box::new(Separated::new(reader, counted, separator)))
+    Ok(Box::new(Separated { parts, separator }))
 }
 
 #[cfg(feature = "text")]

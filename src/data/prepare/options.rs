@@ -68,6 +68,14 @@ impl Options {
         self.source_column.as_deref().unwrap_or(SOURCE_COLUMN)
     }
 
+    /// Returns the share of the documents of the inputs that is held out.
+    pub(super) fn fraction(&self) -> f64 {
+        match self.validation.is_empty() {
+            true => self.validation_fraction,
+            false => 0.0,
+        }
+    }
+
     pub(super) fn required_columns(&self) -> impl Iterator<Item = &String> {
         [Some(&self.text_column), self.source_column.as_ref()]
             .into_iter()

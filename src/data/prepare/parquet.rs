@@ -73,13 +73,9 @@ impl Columns {
             Error::file(path, "a complete parquet file", got, help)
         };
         let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-        let bytes = file
-            .metadata()
-            .map_err(|e| Error::io("read", path, e))?
-            .len();
-        let file = catch_panic(|| SerializedFileReader::new(file).map_err(|e| e.to_string()))
-            .and_then(|opened| opened)
-            .map_err(bad)?;
+        let metadata = file.metadata().map_err(|e| Error::io("read", path, e))?;
+        let bytes = metadata.len();
+        let file = catch_panic(|| SerializedFileReader::new(file)).map_err(bad)?;
         let schema = file.metadata().file_metadata().schema_descr();
         let names: Vec<String> = schema.columns().iter().map(|c| c.path().string()).collect();
         let find = |name: &str| -> Result<Option<Column>> {
@@ -100,12 +96,14 @@ impl Columns {
             Ok(Some(Column { index, optional }))
         };
         let all: Vec<&str> = names.iter().map(String::as_str).collect();
-        for name in options.required_columns() {
-            find(name)?.ok_or_else(|| missing_column(path, name, &all))?;
-        }
-        let name = &options.text_column;
-        let text = find(name)?.ok_or_else(|| missing_column(path, name, &all))?;
-        let source = find(options.source_column())?;
+        let required = |name: &str| -> Result<Column> {
+            find(name)?.ok_or_else(|| missing_column(path, name, &all))
+        };
+        let text = required(&options.text_column)?;
+        let source = match &options.source_column {
+            Some(name) => Some(required(name)?),
+            None => find(options.source_column())?,
+        };
         let read = [Some(text), source];
         expect_codecs(path, &file, read.into_iter().flatten().map(|c| c.index))?;
         Ok(Columns {
@@ -135,13 +133,13 @@ impl Columns {
                 Ok(_) => Err("a column of another type".to_string()),
                 Err(e) => Err(e.to_string()),
             };
-            Ok(Group {
+            Ok::<_, String>(Group {
                 text: strings(text)?,
                 source: source.map(strings).transpose()?,
             })
         });
         let rows = self.file.metadata().row_group(i).num_rows().max(0) as u64;
-        match opened.and_then(|group| group) {
+        match opened {
             Ok(group) => self.group = Some((group, rows)),
             Err(e) => self.give_up(rows, &e),
         }
@@ -176,7 +174,7 @@ impl Columns {
             };
             Ok::<_, ParquetError>((texts, sources))
         });
-        match read.and_then(|read| read.map_err(|e| e.to_string())) {
+        match read {
             Ok((texts, sources)) => {
                 self.rows += n as u64;
                 let items = texts.into_iter().zip(sources).map(|(t, s)| item(t, s));
@@ -193,14 +191,7 @@ fn item(text: Option<ByteArray>, source: Option<ByteArray>) -> Item {
         return Item::Empty;
     };
     let source = source.and_then(|s| String::from_utf8(s.data().to_vec()).ok());
-    match String::from_utf8(text.data().to_vec()) {
-        Ok(text) => Item::of(text, source),
-        Err(e) => {
-            let place = e.utf8_error().valid_up_to();
-            let what = format!("a byte that is not UTF-8 at offset {place} of the text");
-            Item::one_unreadable(what)
-        }
-    }
+    Item::of_utf8(text.data().to_vec(), source)
 }
 
 /// Reads the next `n` values of a column.
@@ -247,13 +238,7 @@ impl Documents for Columns {
             }
             (self.rows, self.next_group) = (after, self.next_group + 1);
         }
-        let mut passed = self.rows;
-        while passed < rows {
-            match self.next() {
-                Some(item) => passed = item.rows().saturating_add(passed),
-                None => return,
-            }
-        }
+        self.skip_from(self.rows, rows);
     }
 
     fn consumed(&self) -> u64 {
