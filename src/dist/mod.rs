@@ -23,6 +23,7 @@ pub use device::{DeviceRanks, Part};
 pub use start::{
     Launcher, Ranks, conclude, describe, groups, launcher, launcher_size, start, threads,
 };
+pub(crate) use sums::lost;
 pub use sums::{agree, any, same_on_all, shared};
 pub use threads::ThreadRank;
 

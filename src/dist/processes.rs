@@ -1,9 +1,9 @@
 //! Ranks that are processes. Their calls are compared and have a time limit, with any transport.
 
-use super::Collective;
 use super::call::{Call, Kind};
 use super::handshake::{self, Acceptor, Key};
 use super::hub::{Hub, Meeting, Member, ranks_per_node};
+use super::{Collective, lost};
 use crate::device::Memory;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,24 @@ const POLL_SLEEP: Duration = Duration::from_micros(20);
 const LONG_POLL_SLEEP: Duration = Duration::from_micros(500);
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// The two ways in which a [`Transport`] moves bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Transfer {
+    /// See [`Collective::all_gather`].
+    AllGather,
+    /// See [`Collective::exchange`].
+    Exchange,
+}
+
+impl From<Transfer> for Kind {
+    fn from(transfer: Transfer) -> Self {
+        match transfer {
+            Transfer::AllGather => Kind::AllGather,
+            Transfer::Exchange => Kind::Exchange,
+        }
+    }
+}
+
 /// Transfers bytes between processes. Calls are made one at a time, with the same number of bytes on every rank; after
 /// a failed call there are no further calls.
 pub(super) trait Transport: Send + Sync {
@@ -33,43 +51,30 @@ pub(super) trait Transport: Send + Sync {
     /// Returns the name and version of the transport.
     fn name(&self) -> &str;
 
-    /// See [`Collective::all_gather`].
+    /// See [`Collective::all_gather`] and [`Collective::exchange`].
     ///
     /// # Errors
     /// Returns an error when a rank is lost, and the errors of `waiting`.
-    fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
-
-    /// See [`Collective::exchange`].
-    ///
-    /// # Errors
-    /// Returns the errors of [`all_gather`](Self::all_gather).
-    fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
+    fn transfer(
+        &self,
+        kind: Transfer,
+        own: &[u8],
+        all: &mut [u8],
+        waiting: &mut Waiting,
+    ) -> Result<()>;
 
     /// See [`Collective::all_gather_owned`].
     ///
     /// # Errors
-    /// Returns the errors of [`all_gather`](Self::all_gather).
-    fn all_gather_owned(
+    /// Returns the errors of [`transfer`](Self::transfer).
+    fn transfer_owned(
         &self,
+        kind: Transfer,
         own: Memory,
         mut all: Memory,
         waiting: &mut Waiting,
     ) -> Result<[Memory; 2]> {
-        self.all_gather(own.bytes(), all.bytes_mut(), waiting)?;
-        Ok([own, all])
-    }
-
-    /// See [`Collective::exchange_owned`].
-    ///
-    /// # Errors
-    /// Returns the errors of [`all_gather`](Self::all_gather).
-    fn exchange_owned(
-        &self,
-        own: Memory,
-        mut all: Memory,
-        waiting: &mut Waiting,
-    ) -> Result<[Memory; 2]> {
-        self.exchange(own.bytes(), all.bytes_mut(), waiting)?;
+        self.transfer(kind, own.bytes(), all.bytes_mut(), waiting)?;
         Ok([own, all])
     }
 
@@ -234,7 +239,7 @@ impl Processes {
     /// the bytes with `run`. If `count` is 0, `run` is not called.
     fn call(
         &self,
-        kind: Kind,
+        kind: Transfer,
         count: usize,
         run: impl FnOnce(&dyn Transport, &mut Waiting) -> Result<()>,
     ) -> Result<()> {
@@ -250,7 +255,7 @@ impl Processes {
                 self.calls.fetch_add(1, Ordering::SeqCst)
             }
         };
-        let own = Call::new(ordinal, kind, count);
+        let own = Call::new(ordinal, kind.into(), count);
         let result = self.compare(&own).and_then(|()| match count {
             0 => Ok(()),
             _ => self.waited(run),
@@ -264,9 +269,23 @@ impl Processes {
         result
     }
 
+    /// The same for buffers that the transport owns during the call.
+    fn call_owned(&self, kind: Transfer, own: Memory, all: Memory) -> Result<[Memory; 2]> {
+        let (count, mut buffers) = (own.bytes().len(), [own, all]);
+        self.call(kind, count, |transport, waiting| {
+            let [own, all] = mem::replace(&mut buffers, no_buffers());
+            buffers = transport.transfer_owned(kind, own, all, waiting)?;
+            Ok(())
+        })?;
+        Ok(buffers)
+    }
+
     fn compare(&self, own: &Call) -> Result<()> {
         let mut all = vec![0; Call::BYTES * self.size()];
-        self.waited(|transport, waiting| transport.all_gather(&own.to_bytes(), &mut all, waiting))?;
+        let own = own.to_bytes();
+        self.waited(|transport, waiting| {
+            transport.transfer(Transfer::AllGather, &own, &mut all, waiting)
+        })?;
         Call::compare(&all).map_err(|e| super::shared(self, e))
     }
 
@@ -370,14 +389,6 @@ fn listen(local: bool) -> Result<TcpListener> {
     })
 }
 
-/// Returns the error of a run that failed; the rank that reports the failure prints the same text.
-fn lost(text: &str) -> Error {
-    Error::Ranks {
-        text: text.into(),
-        cause: None,
-    }
-}
-
 fn foreign() -> Error {
     let help = "start every rank with the same program";
     Error::invalid("ranks", "ranks of this program", "others", help)
@@ -406,8 +417,8 @@ impl Collective for Processes {
             all.copy_from_slice(own);
             return Ok(());
         }
-        self.call(Kind::AllGather, own.len(), |transport, waiting| {
-            transport.all_gather(own, all, waiting)
+        self.call(Transfer::AllGather, own.len(), |transport, waiting| {
+            transport.transfer(Transfer::AllGather, own, all, waiting)
         })
     }
 
@@ -415,29 +426,17 @@ impl Collective for Processes {
         if self.size() == 1 {
             return Ok(());
         }
-        self.call(Kind::Exchange, own.len(), |transport, waiting| {
-            transport.exchange(own, all, waiting)
+        self.call(Transfer::Exchange, own.len(), |transport, waiting| {
+            transport.transfer(Transfer::Exchange, own, all, waiting)
         })
     }
 
     fn all_gather_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
-        let (count, mut buffers) = (own.bytes().len(), [own, all]);
-        self.call(Kind::AllGather, count, |transport, waiting| {
-            let [own, all] = mem::replace(&mut buffers, no_buffers());
-            buffers = transport.all_gather_owned(own, all, waiting)?;
-            Ok(())
-        })?;
-        Ok(buffers)
+        self.call_owned(Transfer::AllGather, own, all)
     }
 
     fn exchange_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
-        let (count, mut buffers) = (own.bytes().len(), [own, all]);
-        self.call(Kind::Exchange, count, |transport, waiting| {
-            let [own, all] = mem::replace(&mut buffers, no_buffers());
-            buffers = transport.exchange_owned(own, all, waiting)?;
-            Ok(())
-        })?;
-        Ok(buffers)
+        self.call_owned(Transfer::Exchange, own, all)
     }
 
     fn failure_within(&self, most: Duration) -> Option<String> {

@@ -5,7 +5,7 @@ use super::mpi::library::VARIABLE;
 use super::processes::Processes;
 use super::tcp::Star;
 use super::tcp::place::{self, Rendezvous};
-use super::{Collective, SingleRank};
+use super::{Collective, SingleRank, lost};
 use crate::device;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
@@ -264,13 +264,7 @@ pub fn conclude(result: Result<()>) -> Result<(), Option<Error>> {
     }
     world.leave(&error.to_string());
     let reports = hub.reports();
-    Err(reports.then(|| match hub.failure() {
-        Some(text) => Error::Ranks {
-            text: text.into(),
-            cause: None,
-        },
-        None => error,
-    }))
+    Err(reports.then(|| hub.failure().map_or(error, lost)))
 }
 
 #[cfg(test)]

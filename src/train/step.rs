@@ -13,7 +13,7 @@ mod shares;
 
 use crate::config::TrainConfig;
 use crate::device::{Device, counters, timeline};
-use crate::dist::{DeviceRanks, at};
+use crate::dist::{DeviceRanks, at, lost};
 use crate::error::{Error, Result};
 use crate::kernels::{launchers, trace};
 use crate::model::batch::Sequences;
@@ -407,7 +407,7 @@ impl StepExecutor {
             let results = self.awaited(model, |_, _| readback.wait())?;
             // A replayed step also ends when its transfers were aborted, with wrong sums.
             if let Some(text) = model.dist().failure_within(Duration::ZERO) {
-                return Err(Error::Ranks { text, cause: None });
+                return Err(lost(text));
             }
             return self.report_from(model, &results);
         }

@@ -8,7 +8,7 @@ pub(super) mod place;
 
 use super::Collective;
 use super::handshake::{self, Acceptor, Key, connect_to_rank_0};
-use super::processes::{HubAddress, Transport, Waiting};
+use super::processes::{HubAddress, Transfer, Transport, Waiting};
 use crate::error::{Error, Result};
 use place::Rendezvous;
 use serde::{Deserialize, Serialize};
@@ -159,20 +159,6 @@ impl Star {
         }
         Ok(())
     }
-}
-
-impl Transport for Star {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    fn name(&self) -> &str {
-        &self.name
-    }
 
     fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
         if self.rank != 0 {
@@ -225,6 +211,33 @@ impl Transport for Star {
             }
         }
         Ok(())
+    }
+}
+
+impl Transport for Star {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn transfer(
+        &self,
+        kind: Transfer,
+        own: &[u8],
+        all: &mut [u8],
+        waiting: &mut Waiting,
+    ) -> Result<()> {
+        match kind {
+            Transfer::AllGather => self.all_gather(own, all, waiting),
+            Transfer::Exchange => self.exchange(own, all, waiting),
+        }
     }
 
     fn group(
