@@ -25,6 +25,7 @@ use crate::tensor::cpu::vectorized;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Number of elements that one thread processes at a time.
 const BLOCK: usize = 1 << 14;
@@ -171,23 +172,10 @@ impl AdamW {
         };
         let coefficients = [false, true].map(coefficients);
         for (i, (p, moments)) in parameters.iter_mut().zip(&mut self.moments).enumerate() {
-            let Places::Whole(w) = p.value.places() else {
-                return Err(Error::invalid(
-                    "adamw",
-                    "parameters of the CPU",
-                    format!("`{}` in two halves", p.name),
-                    "this is a bug: the CPU optimizer cannot update parameters of a device with kernels",
-                ));
-            };
-            let zeros;
-            let gradient = match gradients.get(i) {
-                Some(g) => g,
-                None => {
-                    zeros = Tensor::zeros(w.device(), w.dtype(), w.shape());
-                    &zeros
-                }
-            };
             let coefficients = coefficients[usize::from(p.decays)];
+            let w = on_cpu(p)?;
+            let zeros = || Cow::Owned(Tensor::zeros(w.device(), w.dtype(), w.shape()));
+            let gradient = gradients.get(i).map_or_else(zeros, Cow::Borrowed);
             let own = self.shards.own(i);
             if own.is_empty() {
                 continue;
@@ -211,6 +199,19 @@ impl AdamW {
             }
         }
         Ok(())
+    }
+}
+
+/// Returns the tensor of a parameter on the CPU.
+fn on_cpu(parameter: &mut Parameter) -> Result<&mut Tensor> {
+    match parameter.value.places() {
+        Places::Whole(value) => Ok(value),
+        Places::Split(_) => Err(Error::invalid(
+            "adamw",
+            "parameters of the CPU",
+            format!("`{}` in two halves", parameter.name),
+            "this is a bug: the CPU optimizer cannot update parameters of a device with kernels",
+        )),
     }
 }
 
