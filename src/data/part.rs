@@ -5,10 +5,9 @@ use super::folder::{Counts, Entry, Folder, Side};
 use super::limits::{DOCUMENT_END, before_and_end, held_out, in_vocabulary, long_enough};
 use super::text;
 use super::tokenizer::BYTES;
-use super::tokens::{Store, Tokens};
+use super::tokens::{Store, Text, Tokens};
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
-use crate::model::batch::Batch;
 use std::path::Path;
 
 /// The digests of folders up to this size in bytes are verified before a run.
@@ -20,16 +19,14 @@ pub(super) struct Part {
     pub tokenizer: String,
     /// Whether the text is one document, whose end is held out.
     pub one_document: bool,
-    pub train: Tokens,
-    pub validation: Tokens,
+    pub train: Text,
+    pub validation: Text,
     /// Counts of the training and of the validation documents.
     pub counts: [Counts; 2],
     /// The documents of the validation tokens; empty for a text of bytes.
     pub documents: Vec<Entry>,
     /// Names of the sources of the documents.
     pub sources: Vec<String>,
-    /// Boundaries of the training and validation documents, if attention needs them.
-    pub boundaries: Option<[Boundaries; 2]>,
     /// A digest of the data.
     pub digest: String,
 }
@@ -84,7 +81,13 @@ impl Part {
             count(documents.len() - held_out.len(), &sides[0]),
             count(held_out.len(), &sides[1]),
         ];
-        let [train, validation] = sides.map(|side| Tokens::whole(Store::Bytes(side)));
+        let mut lengths = lengths.into_iter();
+        let [train, validation] = sides.map(|side| Text {
+            tokens: Tokens::whole(Store::Bytes(side)),
+            boundaries: (lengths.next())
+                .filter(|_| config.document_boundaries)
+                .map(Boundaries::of_lengths),
+        });
         Ok(Part {
             tokenizer: BYTES.into(),
             one_document,
@@ -93,9 +96,6 @@ impl Part {
             counts,
             documents: Vec::new(),
             sources: Vec::new(),
-            boundaries: config
-                .document_boundaries
-                .then(|| lengths.map(Boundaries::of_lengths)),
             digest: hash.finalize().to_hex().to_string(),
         })
     }
@@ -119,38 +119,25 @@ impl Part {
             folder.verify()?;
         }
         let documents = folder.documents(Side::Validation)?;
-        let boundaries = match config.document_boundaries {
-            true => Some([
-                Boundaries::new(&folder.documents(Side::Train)?),
-                Boundaries::new(&documents),
-            ]),
+        let train = match config.document_boundaries {
+            true => Some(Boundaries::new(&folder.documents(Side::Train)?)),
             false => None,
+        };
+        let validation = (config.document_boundaries).then(|| Boundaries::new(&documents));
+        let text = |side, boundaries| -> Result<Text> {
+            let tokens = folder.tokens(side)?;
+            Ok(Text { tokens, boundaries })
         };
         Ok(Part {
             tokenizer: manifest.tokenizer.clone(),
             one_document: false,
-            train: folder.tokens(Side::Train)?,
-            validation: folder.tokens(Side::Validation)?,
+            train: text(Side::Train, train)?,
+            validation: text(Side::Validation, validation)?,
             counts: Side::BOTH.map(|side| manifest.counts(side)),
             documents,
-            boundaries,
             sources: manifest.sources.iter().map(|s| s.name.clone()).collect(),
             digest: manifest.checksum.clone(),
         })
-    }
-
-    /// Appends the window of S + 1 tokens from `start` on to a batch.
-    pub fn copy(&self, side: Side, start: u64, sequence: u64, batch: &mut Batch) {
-        let tokens = match side {
-            Side::Train => &self.train,
-            Side::Validation => &self.validation,
-        };
-        tokens.copy(start..start + sequence + 1, &mut batch.tokens);
-        if let Some(boundaries) = &self.boundaries {
-            let first_key = batch.first_key.get_or_insert_default();
-            boundaries[side as usize].first_keys(start, sequence, first_key);
-        }
-        batch.sequences += 1;
     }
 
     /// Returns the sources of the validation tokens `from .. to`: one share per document.
@@ -204,7 +191,10 @@ mod tests {
 
     #[test]
     fn a_document_without_tokens_has_no_share() {
-        let tokens = || Tokens::whole(Store::Bytes(vec![b'a'; 9]));
+        let text = || Text {
+            tokens: Tokens::whole(Store::Bytes(vec![b'a'; 9])),
+            boundaries: None,
+        };
         let ends = [(4, 8), (4, 3), (9, 5)];
         let entry = |(end, bytes)| Entry {
             end,
@@ -214,12 +204,11 @@ mod tests {
         let part = Part {
             tokenizer: "own".into(),
             one_document: false,
-            train: tokens(),
-            validation: tokens(),
+            train: text(),
+            validation: text(),
             counts: [Counts::default(); 2],
             documents: ends.map(entry).to_vec(),
             sources: vec!["one".into()],
-            boundaries: None,
             digest: String::new(),
         };
         let shares = part.shares(1, 9);

@@ -30,7 +30,7 @@ fn texts(corpus: &Corpus) -> [Vec<u8>; 2] {
     let part = &corpus.parts[0];
     [&part.train, &part.validation].map(|side| {
         let mut tokens = Vec::new();
-        side.copy(0..side.len(), &mut tokens);
+        side.tokens.copy(0..side.len(), &mut tokens);
         tokens.iter().map(|t| *t as u8).collect()
     })
 }
