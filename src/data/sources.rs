@@ -166,13 +166,11 @@ fn runs(documents: Vec<String>, what: &str) -> Vec<(String, Vec<String>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Layers};
+    use crate::config::Config;
     use std::fs;
 
     fn of(source: &Path, length: usize) -> Result<(Vec<Source>, LeftOut)> {
-        let mut layers = Layers::preset("tiny");
-        layers.set = vec![format!("model.sequence_length={length}")];
-        let mut config = Config::load(&layers, &|_| Ok(())).unwrap();
+        let mut config = Config::tiny(&[&format!("model.sequence_length={length}")]);
         config.data.source = source.display().to_string();
         sources(&config.data, &config.model)
     }
@@ -208,9 +206,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         fs::write(&path, "aa\n\n\nbbbbbbbbbb").unwrap();
-        let mut layers = Layers::preset("tiny");
-        layers.set = vec!["model.sequence_length=8".into()];
-        let mut config = Config::load(&layers, &|_| Ok(())).unwrap();
+        let mut config = Config::tiny(&["model.sequence_length=8"]);
         config.data.source = folder.path().display().to_string();
         fs::write(folder.path().join("b.txt"), "cc\n\n\ndddddddddd").unwrap();
         let first_key = |config: &Config| {

@@ -84,11 +84,10 @@ pub fn available() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Layers;
 
     #[test]
     fn tiny_fits_and_the_error_names_both_sizes() {
-        let config = Config::load(&Layers::preset("tiny"), &|_| Ok(())).unwrap();
+        let config = Config::tiny(&[]);
         check(&config, 1).unwrap();
         // 3.7 M parameters of 16 bytes, and about 30 kB for each of 4,096 tokens.
         let least = least(&config, 1);
@@ -100,10 +99,7 @@ mod tests {
 
     #[test]
     fn recomputed_layers_need_less() {
-        let mut layers = Layers::preset("tiny");
-        let plain = Config::load(&layers, &|_| Ok(())).unwrap();
-        layers.set = vec!["train.recompute=true".into()];
-        let recomputed = Config::load(&layers, &|_| Ok(())).unwrap();
-        assert!(least(&recomputed, 1) < least(&plain, 1));
+        let of = |set: &[&str]| least(&Config::tiny(set), 1);
+        assert!(of(&["train.recompute=true"]) < of(&[]));
     }
 }
