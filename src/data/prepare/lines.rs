@@ -248,15 +248,10 @@ mod tests {
                 "{line}"
             );
         }
-        let deep = format!(
-            r#"{{"x": {}{}, "text": "t"}}"#,
-            "[".repeat(100_000),
-            "]".repeat(100_000)
-        );
-        assert_eq!(
-            fields(deep.as_bytes(), ["text"]).unwrap(),
-            [Some("t".into())]
-        );
+        let (open, close) = ("[".repeat(100_000), "]".repeat(100_000));
+        let deep = format!(r#"{{"x": {open}{close}, "text": "t"}}"#);
+        let found = fields(deep.as_bytes(), ["text"]).unwrap();
+        assert_eq!(found, [Some("t".into())]);
         for broken in [r#"{"text": NaN"#, r#"["text"]"#, r#"{"text": "t"} x"#] {
             assert!(fields(broken.as_bytes(), ["text"]).is_err(), "{broken}");
         }
