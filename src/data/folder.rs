@@ -176,24 +176,17 @@ impl Folder {
     /// wrong size.
     pub fn open(path: &Path) -> Result<Self> {
         let file = path.join(MANIFEST);
-        if !file.exists() && path.join(STATE).exists() {
-            return Err(Error::file(
-                path,
-                "a folder of tokens",
-                "a folder whose preparation has not finished",
-                "run the same `routegrad data prepare` command again: it continues where it stopped",
-            ));
-        }
         if !file.exists() {
-            return Err(Error::file(
-                path,
-                "a folder of tokens",
-                match path.is_dir() {
-                    true => format!("a folder without {MANIFEST}"),
-                    false => "no such folder".into(),
-                },
-                "create it with routegrad data prepare",
-            ));
+            let create = "create it with routegrad data prepare";
+            let (got, help) = match (path.join(STATE).exists(), path.is_dir()) {
+                (true, _) => (
+                    "a folder whose preparation has not finished".into(),
+                    "run the same `routegrad data prepare` command again: it continues where it stopped",
+                ),
+                (false, true) => (format!("a folder without {MANIFEST}"), create),
+                (false, false) => ("no such folder".into(), create),
+            };
+            return Err(Error::file(path, "a folder of tokens", got, help));
         }
         let text = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
         let damaged =
@@ -235,6 +228,10 @@ impl Folder {
         Ok(())
     }
 
+    fn shards(&self, side: Side) -> impl Iterator<Item = &Shard> {
+        self.manifest.shards.iter().filter(move |s| s.side == side)
+    }
+
     fn file(&self, shard: &Shard, extension: &str) -> PathBuf {
         self.path.join(format!("{}.{extension}", shard.name))
     }
@@ -265,14 +262,12 @@ impl Folder {
         let files: Vec<_> = files.collect();
         files.par_iter().try_for_each(|(path, expected)| {
             let mut hash = blake3::Hasher::new();
-            let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-            hash.update_reader(file)
-                .map_err(|e| Error::io("read", path, e))?;
+            let read = File::open(path).and_then(|file| hash.update_reader(file).map(drop));
+            read.map_err(|e| Error::io("read", path, e))?;
             expect_digest(path, expected, hash.finalize().to_hex().as_str())
         })?;
-        Side::BOTH
-            .iter()
-            .try_for_each(|side| self.documents(*side).map(drop))
+        let mut sides = Side::BOTH.into_iter();
+        sides.try_for_each(|side| self.documents(side).map(drop))
     }
 
     /// Returns the names and contents of the tokenizer's files after a check of their digests; an empty list if each byte
@@ -314,7 +309,7 @@ impl Folder {
     /// Returns the tokens of one side, as memory-mapped files.
     pub(super) fn tokens(&self, side: Side) -> Result<Tokens> {
         let mut tokens = Tokens::default();
-        for shard in self.manifest.shards.iter().filter(|s| s.side == side) {
+        for shard in self.shards(side) {
             let n = shard.counts.tokens;
             if n > 0 {
                 let path = self.file(shard, "bin");
@@ -362,15 +357,15 @@ impl Folder {
     pub fn documents(&self, side: Side) -> Result<Vec<Entry>> {
         let mut documents = Vec::new();
         let mut before = 0;
-        for shard in self.manifest.shards.iter().filter(|s| s.side == side) {
+        for shard in self.shards(side) {
             let path = self.file(shard, "idx");
             let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
             expect_digest(&path, &shard.index, &digest(&bytes))?;
             let mut last = 0;
             for entry in bytes.chunks_exact(size_of::<Entry>()) {
                 let mut entry: Entry = bytemuck::pod_read_unaligned(entry);
-                let whole = entry.end >= last && entry.source < self.manifest.sources.len() as u64;
-                if !whole {
+                let sources = self.manifest.sources.len() as u64;
+                if entry.end < last || entry.source >= sources {
                     let got = format!("{entry:?}");
                     return Err(changed(&path, "documents in increasing order", got));
                 }

@@ -35,16 +35,14 @@ pub(super) fn long_enough(side: &str, length: u64, sequence: u64) -> Result<()> 
 }
 
 pub(super) fn in_vocabulary(side: &str, text: &[u8], vocab_size: usize) -> Result<()> {
-    match text
-        .iter()
-        .position(|byte| usize::from(*byte) >= vocab_size)
-    {
-        None => Ok(()),
-        Some(at) => Err(Error::invalid(
-            "data",
-            format!("bytes below model.vocab_size = {vocab_size}"),
-            format!("byte {} at offset {at} of the {side} text", text[at]),
-            "set model.vocab_size=256, which holds every byte",
-        )),
-    }
+    let unknown = |byte: &u8| usize::from(*byte) >= vocab_size;
+    let Some(at) = text.iter().position(unknown) else {
+        return Ok(());
+    };
+    Err(Error::invalid(
+        "data",
+        format!("bytes below model.vocab_size = {vocab_size}"),
+        format!("byte {} at offset {at} of the {side} text", text[at]),
+        "set model.vocab_size=256, which holds every byte",
+    ))
 }

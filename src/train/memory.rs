@@ -70,11 +70,8 @@ pub fn available() -> Option<u64> {
         .find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let free = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024;
     let read = |name| {
-        fs::read_to_string(format!("/sys/fs/cgroup/{name}"))
-            .ok()?
-            .trim()
-            .parse::<u64>()
-            .ok()
+        let text = fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
+        text.trim().parse::<u64>().ok()
     };
     let limit =
         read("memory.max").map(|max| max.saturating_sub(read("memory.current").unwrap_or(0)));

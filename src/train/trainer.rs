@@ -223,10 +223,6 @@ impl Trainer {
         self.console.info(text);
     }
 
-    pub(super) fn console(&self) -> &Console {
-        &self.console
-    }
-
     /// Returns this rank's sequences of the next step to launch.
     pub fn next_batch(&self) -> Batch {
         self.data.read(self.launched)
