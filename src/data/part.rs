@@ -104,13 +104,10 @@ impl Part {
         let folder = Folder::open(path)?;
         let manifest = folder.manifest();
         if manifest.vocab_size > model.vocab_size {
+            let (needed, place) = (manifest.vocab_size, path.display());
             return Err(Error::usage(
                 "model.vocab_size",
-                format!(
-                    "at least {}, the vocabulary of {}",
-                    manifest.vocab_size,
-                    path.display()
-                ),
+                format!("at least {needed}, the vocabulary of {place}"),
                 model.vocab_size.to_string(),
                 "leave it out, or prepare the text with the model's tokenizer",
             ));
@@ -143,12 +140,10 @@ impl Part {
     /// Returns the sources of the validation tokens `from .. to`: one share per document.
     pub fn shares(&self, from: u64, to: u64) -> Vec<Share> {
         if self.documents.is_empty() {
-            let tokens = to - from;
-            let bytes = tokens as f64;
             return vec![Share {
                 source: 0,
-                tokens,
-                bytes,
+                tokens: to - from,
+                bytes: (to - from) as f64,
             }];
         }
         let first = self.documents.partition_point(|d| d.end <= from);

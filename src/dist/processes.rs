@@ -6,6 +6,7 @@ use super::hub::{Hub, Meeting, Member, ranks_per_node};
 use super::{Collective, lost};
 use crate::device::Memory;
 use crate::error::{Error, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::mem;
 use std::net::{Ipv4Addr, TcpListener};
@@ -144,7 +145,7 @@ impl Processes {
             pid: std::process::id(),
             cores: cores(),
         };
-        let members = processes.gather_json(&member)?;
+        let members = gather_json(&processes, &member)?;
         processes.ranks_per_node = ranks_per_node(&members);
         let local = members.iter().all(|m| m.host == members[0].host);
         let (listener, host) = match hub {
@@ -155,15 +156,13 @@ impl Processes {
         let (mut acceptor, mut place) = (None, None);
         if rank == 0 {
             let listener = listener.map_or_else(|| listen(local), Ok)?;
-            let port = listener
-                .local_addr()
-                .map_err(|e| handshake::broken(&e))?
-                .port();
+            let address = listener.local_addr().map_err(|e| handshake::broken(&e))?;
+            let port = address.port();
             let key = handshake::random()?;
             place = Some(Place { port, key });
             acceptor = Some(Acceptor::new(listener, key, size)?);
         }
-        let places: Vec<Option<Place>> = processes.gather_json(&place)?;
+        let places: Vec<Option<Place>> = gather_json(&processes, &place)?;
         let meeting = match (acceptor, places.into_iter().next().flatten()) {
             (Some(acceptor), _) => Meeting::Accept(acceptor),
             (None, Some(Place { port, key })) => Meeting::Connect { host, port, key },
@@ -204,13 +203,6 @@ impl Processes {
             broken: AtomicBool::new(false),
             limit,
         }
-    }
-
-    fn gather_json<T: Serialize + for<'a> Deserialize<'a>>(&self, own: &T) -> Result<Vec<T>> {
-        let text = serde_json::to_vec(own).map_err(|_| foreign())?;
-        let all = self.gather_bytes(&text)?;
-        let all = all.iter().map(|t| serde_json::from_slice(t));
-        all.collect::<Result<_, _>>().map_err(|_| foreign())
     }
 
     pub fn hub(&self) -> Option<&Arc<Hub>> {
@@ -299,9 +291,7 @@ impl Processes {
         };
         run(&*self.transport, &mut waiting).map_err(|error| {
             // The transport may notice a lost rank first; the hub then finds out which one it is.
-            let failure = self
-                .hub()
-                .and_then(|hub| hub.failure_within(Duration::from_secs(1)));
+            let failure = self.failure_within(Duration::from_secs(1));
             failure.map_or(error, lost)
         })
     }
@@ -318,13 +308,11 @@ impl Processes {
         if patient {
             return Ok(());
         }
+        let (limit, waited) = (self.limit.as_secs_f64(), waited.as_secs_f64());
         Err(Error::invalid(
             "collective call",
-            format!("an answer within {} s", self.limit.as_secs_f64()),
-            format!(
-                "none in {:.0} s, although all ranks are alive",
-                waited.as_secs_f64()
-            ),
+            format!("an answer within {limit} s"),
+            format!("none in {waited:.0} s, although all ranks are alive"),
             "check the network between the hosts; --rank-timeout gives more time",
         ))
     }
@@ -389,7 +377,18 @@ fn listen(local: bool) -> Result<TcpListener> {
     })
 }
 
-fn foreign() -> Error {
+/// Returns the values of all ranks, rank 0 first.
+pub(super) fn gather_json<T: Serialize + DeserializeOwned>(
+    dist: &dyn Collective,
+    own: &T,
+) -> Result<Vec<T>> {
+    let text = serde_json::to_vec(own).map_err(|_| foreign())?;
+    let all = dist.gather_bytes(&text)?;
+    let all = all.iter().map(|t| serde_json::from_slice(t));
+    all.collect::<Result<_, _>>().map_err(|_| foreign())
+}
+
+pub(super) fn foreign() -> Error {
     let help = "start every rank with the same program";
     Error::invalid("ranks", "ranks of this program", "others", help)
 }
@@ -397,9 +396,8 @@ fn foreign() -> Error {
 /// Returns the cores that this process may use, as `/proc` lists them.
 fn cores() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status
-        .lines()
-        .find_map(|l| l.strip_prefix("Cpus_allowed_list:"));
+    let mut lines = status.lines();
+    let line = lines.find_map(|l| l.strip_prefix("Cpus_allowed_list:"));
     line.unwrap_or_default().trim().to_string()
 }
 

@@ -85,20 +85,13 @@ impl Options {
     pub(super) fn validate(&self) -> Result<()> {
         let share = self.validation_fraction;
         if !(0.0..1.0).contains(&share) {
-            return Err(Error::usage(
-                "--validation-fraction",
-                "a number from 0 to below 1",
-                share.to_string(),
-                "give the share of the documents to hold out",
-            ));
+            let (option, expected) = ("--validation-fraction", "a number from 0 to below 1");
+            let help = "give the share of the documents to hold out";
+            return Err(Error::usage(option, expected, share.to_string(), help));
         }
         if self.shard_tokens == 0 {
-            return Err(Error::usage(
-                "--shard-tokens",
-                "at least 1",
-                "0",
-                "leave it out for the default",
-            ));
+            let help = "leave it out for the default";
+            return Err(Error::usage("--shard-tokens", "at least 1", "0", help));
         }
         Ok(())
     }
