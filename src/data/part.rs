@@ -1,11 +1,11 @@
 //! One part of a corpus: text that is read completely into memory, or a folder of tokens.
 
-use super::boundaries::Boundaries;
+use super::boundaries::{Boundaries, Text};
 use super::folder::{Counts, Entry, Folder, Side};
 use super::limits::{DOCUMENT_END, before_and_end, held_out, in_vocabulary, long_enough};
 use super::text;
 use super::tokenizer::BYTES;
-use super::tokens::{Store, Text, Tokens};
+use super::tokens::{Store, Tokens};
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
 use std::path::Path;

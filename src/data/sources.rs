@@ -2,10 +2,10 @@
 //! of documents of one file. Sources are known by file names only; other properties, such as the year of a speech, are not
 //! known here.
 
-use super::boundaries::Boundaries;
+use super::boundaries::{Boundaries, Text};
 use super::limits::{DOCUMENT_END, in_vocabulary};
 use super::part::Part;
-use super::tokens::{Store, Text, Tokens};
+use super::tokens::{Store, Tokens};
 use super::{Folder, text};
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};

@@ -1,8 +1,6 @@
 //! Tokens in memory or in mapped files, read as one sequence.
 
-use super::boundaries::Boundaries;
 use crate::error::{Error, Result};
-use crate::model::batch::Batch;
 use memmap2::Mmap;
 use std::fs::File;
 use std::ops::Range;
@@ -107,29 +105,6 @@ impl Tokens {
         let from = range.end - (self.ends[i] - at) as usize;
         let to = range.end.min(from + (end - at) as usize);
         (store, from..to)
-    }
-}
-
-/// Tokens, and the ends of their documents if attention stays within documents.
-pub(super) struct Text {
-    pub tokens: Tokens,
-    pub boundaries: Option<Boundaries>,
-}
-
-impl Text {
-    pub fn len(&self) -> u64 {
-        self.tokens.len()
-    }
-
-    /// Appends the window of S + 1 tokens from `start` on to a batch.
-    pub fn copy(&self, start: u64, sequence: u64, batch: &mut Batch) {
-        self.tokens
-            .copy(start..start + sequence + 1, &mut batch.tokens);
-        if let Some(boundaries) = &self.boundaries {
-            let first_key = batch.first_key.get_or_insert_default();
-            boundaries.first_keys(start, sequence, first_key);
-        }
-        batch.sequences += 1;
     }
 }
 
