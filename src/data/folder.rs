@@ -327,12 +327,9 @@ impl Folder {
     pub fn document(&self, side: Side, i: usize) -> Result<Vec<i32>> {
         let documents = self.documents(side)?;
         let Some(document) = documents.get(i) else {
-            return Err(Error::invalid(
-                "data",
-                format!("a document below {}", documents.len()),
-                i.to_string(),
-                "choose another",
-            ));
+            let expected = format!("a document below {}", documents.len());
+            let got = i.to_string();
+            return Err(Error::invalid("data", expected, got, "choose another"));
         };
         let begin = i.checked_sub(1).map_or(0, |i| documents[i].end);
         let mut tokens = Vec::new();

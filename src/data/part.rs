@@ -53,40 +53,32 @@ impl Part {
             }
             _ => held_out(documents.len(), fraction),
         };
-        let mut sides = [Vec::new(), Vec::new()];
-        let mut lengths = [Vec::new(), Vec::new()];
+        // The text of each side, and the lengths of its documents.
+        let mut sides = [(); 2].map(|()| (Vec::new(), Vec::new()));
         for (i, document) in documents.iter().enumerate() {
-            let number = usize::from(held_out.contains(&i));
-            let side = &mut sides[number];
-            if let Some(before) = lengths[number].last_mut() {
+            let (side, lengths) = &mut sides[usize::from(held_out.contains(&i))];
+            if let Some(before) = lengths.last_mut() {
                 side.extend_from_slice(DOCUMENT_END.as_bytes());
                 *before += DOCUMENT_END.len();
             }
             side.extend_from_slice(document.as_bytes());
-            lengths[number].push(document.len());
+            lengths.push(document.len());
         }
         let mut hash = blake3::Hasher::new();
-        for (name, side) in ["training", "validation"].iter().zip(&sides) {
+        for (name, (side, _)) in ["training", "validation"].iter().zip(&sides) {
             long_enough(name, side.len() as u64, model.sequence_length as u64)?;
             in_vocabulary(name, side, model.vocab_size)?;
             hash.update(&(side.len() as u64).to_le_bytes());
             hash.update(side);
         }
-        let count = |documents: usize, side: &Vec<u8>| Counts {
-            documents: documents as u64,
+        let counts = sides.each_ref().map(|(side, lengths)| Counts {
+            documents: lengths.len() as u64,
             tokens: side.len() as u64,
             bytes: side.len() as u64,
-        };
-        let counts = [
-            count(documents.len() - held_out.len(), &sides[0]),
-            count(held_out.len(), &sides[1]),
-        ];
-        let mut lengths = lengths.into_iter();
-        let [train, validation] = sides.map(|side| Text {
+        });
+        let [train, validation] = sides.map(|(side, lengths)| Text {
             tokens: Tokens::whole(Store::Bytes(side)),
-            boundaries: (lengths.next())
-                .filter(|_| config.document_boundaries)
-                .map(Boundaries::of_lengths),
+            boundaries: (config.document_boundaries).then(|| Boundaries::of_lengths(lengths)),
         });
         Ok(Part {
             tokenizer: BYTES.into(),

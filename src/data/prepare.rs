@@ -22,7 +22,7 @@ use crate::report::files::{UNFINISHED, replace};
 use crate::report::lock::{FolderLock, LOCK_FILE};
 use crate::report::progress::Progress;
 use inputs::Input;
-use items::{Item, Text};
+use items::{Document, Item};
 use serde_json::{Value, json};
 use shards::{Encoded, Place, Position, State, Writer};
 use std::collections::BTreeSet;
@@ -151,9 +151,7 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
     let after = options.behind_document(tokenizer);
     let before: Vec<i32> = tokenizer.bos().into_iter().collect();
     let files = tokenizer.files();
-    let config = files
-        .iter()
-        .find(|(name, _)| *name == TOKENIZER_CONFIG_FILE);
+    let mut config = files.iter().filter(|f| f.0 == TOKENIZER_CONFIG_FILE);
     let state = State {
         plan: json!({
             "tokenizer": tokenizer.fingerprint(),
@@ -171,7 +169,7 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
         manifest: Manifest {
             format: FORMAT.into(),
             tokenizer: tokenizer.fingerprint().into(),
-            tokenizer_config: config.map_or(String::new(), |(_, text)| digest(text)),
+            tokenizer_config: config.next().map_or(String::new(), |f| digest(&f.1)),
             vocab_size: tokenizer.vocab_size(),
             before,
             after,
@@ -208,11 +206,8 @@ fn write_missing(out: &Path, files: &[(&str, Vec<u8>)]) -> Result<()> {
 /// Returns the names of the keys whose values differ between two plans.
 fn different(a: &Value, b: &Value) -> String {
     let keys = a.as_object().into_iter().flat_map(|a| a.keys());
-    let others: Vec<&str> = keys
-        .filter(|k| a[*k] != b[*k])
-        .map(String::as_str)
-        .collect();
-    format!("other {}", others.join(", "))
+    let others = keys.filter(|k| a[*k] != b[*k]).map(String::as_str);
+    format!("other {}", others.collect::<Vec<_>>().join(", "))
 }
 
 /// Returns whether document `n`, counted from 0, is held out. The share of held-out documents among the first n is
@@ -238,11 +233,11 @@ fn read(
     let names: Vec<&str> = inputs.iter().map(|i| i.name.as_str()).collect();
     rayon::in_place_scope(|jobs| {
         // False if the receiver is gone because the writer failed.
-        let put = |chunk: Vec<Placed<Text>>| {
+        let put = |chunk: Vec<Placed<Document>>| {
             let (done, result) = sync_channel(1);
             let names = &names;
             jobs.spawn(move |_| {
-                let encode = |(item, at): Placed<Text>| {
+                let encode = |(item, at): Placed<Document>| {
                     (encode(options, tokenizer, names[at.input], item), at)
                 };
                 let _ = done.send(chunk.into_iter().map(encode).collect());
@@ -308,7 +303,7 @@ fn tokens(
     options: &Options,
     tokenizer: &Tokenizer,
     name: &str,
-    Text { text, source }: Text,
+    Document { text, source }: Document,
 ) -> Result<Encoded> {
     let own = tokenizer.encode(&text)?;
     let altered = options.round_trip && tokenizer.decode(&own)? != text;
@@ -357,11 +352,8 @@ mod tests {
         for (fraction, expected) in [(0.0, 0), (0.005, 5), (0.25, 250), (0.9, 900)] {
             let held: Vec<u64> = (0..1000).filter(|n| held_out(*n, fraction)).collect();
             assert_eq!(held.len(), expected);
-            let gaps = held.windows(2).map(|w| (w[1] - w[0]) as f64);
-            assert!(
-                gaps.into_iter()
-                    .all(|gap| (gap - 1.0 / fraction).abs() <= 1.0)
-            );
+            let mut gaps = held.windows(2).map(|w| (w[1] - w[0]) as f64);
+            assert!(gaps.all(|gap| (gap - 1.0 / fraction).abs() <= 1.0));
         }
     }
 }

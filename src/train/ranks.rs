@@ -109,7 +109,7 @@ pub(super) fn check_folder(dist: &dyn Collective, out: &Path) -> Result<()> {
     };
     let seen = agree(dist, seen);
     if dist.rank() == 0 {
-        // If this fails, the file is removed together with the files of interrupted saves.
+        // If this fails, the file stays; the next check replaces it.
         let _ = fs::remove_file(&path);
     }
     seen

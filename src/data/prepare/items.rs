@@ -4,9 +4,9 @@ use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// One item of a file; its documents are [texts](Text) until they are encoded.
+/// One item of a file; its documents are of type `D`: a [`Document`] until it is encoded.
 #[derive(Debug, PartialEq)]
-pub(super) enum Item<D = Text> {
+pub(super) enum Item<D = Document> {
     Document(D),
     /// A document without text.
     Empty,
@@ -19,8 +19,9 @@ pub(super) enum Item<D = Text> {
     },
 }
 
+/// A document as it was read.
 #[derive(Debug, PartialEq)]
-pub(super) struct Text {
+pub(super) struct Document {
     pub text: String,
     /// The source of the document, if the file names one.
     pub source: Option<String>,
@@ -50,7 +51,7 @@ impl Item {
     pub fn of(text: String, source: Option<String>) -> Self {
         match text.trim().is_empty() {
             true => Item::Empty,
-            false => Item::Document(Text { text, source }),
+            false => Item::Document(Document { text, source }),
         }
     }
 

@@ -16,8 +16,6 @@ use std::path::Path;
 /// Number of rows that are decoded at a time.
 const BATCH: usize = 256;
 
-type Strings = ColumnReaderImpl<ByteArrayType>;
-
 /// The rows of a file.
 pub(super) struct Columns {
     file: SerializedFileReader<File>,
@@ -40,20 +38,22 @@ struct Column {
     optional: bool,
 }
 
+/// The values of a column in a row group.
+struct Strings {
+    reader: ColumnReaderImpl<ByteArrayType>,
+    optional: bool,
+}
+
 struct Group {
     text: Strings,
     source: Option<Strings>,
 }
 
 /// Returns an error for columns whose compression codec this build cannot read, before anything is written.
-fn expect_codecs(
-    path: &Path,
-    file: &SerializedFileReader<File>,
-    columns: impl Iterator<Item = usize> + Clone,
-) -> Result<()> {
+fn expect_codecs(path: &Path, file: &SerializedFileReader<File>, columns: &[Column]) -> Result<()> {
     for group in file.metadata().row_groups() {
-        for column in columns.clone() {
-            let codec = group.column(column).compression();
+        for column in columns {
+            let codec = group.column(column.index).compression();
             if codec == Compression::LZO {
                 let help = "write the file again, for example with pyarrow's write_table(…, compression=\"zstd\")";
                 let expected = "parquet compressed with any codec but LZO, or not at all";
@@ -104,8 +104,8 @@ impl Columns {
             Some(name) => Some(required(name)?),
             None => find(options.source_column())?,
         };
-        let read = [Some(text), source];
-        expect_codecs(path, &file, read.into_iter().flatten().map(|c| c.index))?;
+        let read: Vec<Column> = [Some(text), source].into_iter().flatten().collect();
+        expect_codecs(path, &file, &read)?;
         Ok(Columns {
             bytes,
             text,
@@ -129,7 +129,10 @@ impl Columns {
         let opened = catch_panic(|| {
             let group = file.get_row_group(i).map_err(|e| e.to_string())?;
             let strings = |column: Column| match group.get_column_reader(column.index) {
-                Ok(ColumnReader::ByteArrayColumnReader(reader)) => Ok(reader),
+                Ok(ColumnReader::ByteArrayColumnReader(reader)) => Ok(Strings {
+                    reader,
+                    optional: column.optional,
+                }),
                 Ok(_) => Err("a column of another type".to_string()),
                 Err(e) => Err(e.to_string()),
             };
@@ -165,12 +168,11 @@ impl Columns {
             return;
         }
         let n = (left as usize).min(BATCH);
-        let (text, source) = (self.text, self.source);
         let read = catch_panic(|| {
-            let texts = read(&mut group.text, text, n)?;
-            let sources = match (&mut group.source, source) {
-                (Some(reader), Some(column)) => read(reader, column, n)?,
-                _ => vec![None; n],
+            let texts = group.text.read(n)?;
+            let sources = match &mut group.source {
+                Some(column) => column.read(n)?,
+                None => vec![None; n],
             };
             Ok::<_, ParquetError>((texts, sources))
         });
@@ -194,26 +196,22 @@ fn item(text: Option<ByteArray>, source: Option<ByteArray>) -> Item {
     Item::of_utf8(text.data().to_vec(), source)
 }
 
-/// Reads the next `n` values of a column.
-fn read(
-    reader: &mut Strings,
-    column: Column,
-    n: usize,
-) -> Result<Vec<Option<ByteArray>>, ParquetError> {
-    let (mut levels, mut values) = (Vec::new(), Vec::new());
-    let (records, ..) = reader.read_records(n, Some(&mut levels), None, &mut values)?;
-    if records != n {
-        let message = format!("expected {n} more values in a column, got {records}");
-        return Err(ParquetError::General(message));
+impl Strings {
+    /// Reads the next `n` values.
+    fn read(&mut self, n: usize) -> Result<Vec<Option<ByteArray>>, ParquetError> {
+        let (mut levels, mut values) = (Vec::new(), Vec::new());
+        let (records, ..) = (self.reader).read_records(n, Some(&mut levels), None, &mut values)?;
+        if records != n {
+            let message = format!("expected {n} more values in a column, got {records}");
+            return Err(ParquetError::General(message));
+        }
+        if !self.optional {
+            return Ok(values.into_iter().map(Some).collect());
+        }
+        let mut values = values.into_iter();
+        let value = |level: &i16| if *level == 1 { values.next() } else { None };
+        Ok(levels.iter().map(value).collect())
     }
-    if !column.optional {
-        return Ok(values.into_iter().map(Some).collect());
-    }
-    let mut values = values.into_iter();
-    Ok(levels
-        .iter()
-        .map(|l| if *l == 1 { values.next() } else { None })
-        .collect())
 }
 
 impl Documents for Columns {

@@ -107,12 +107,8 @@ pub fn available(device: Device) -> Result<()> {
 /// # Errors
 /// Returns the errors of [`on_device`], and an error when `device` has no library.
 pub fn alone(device: Device) -> Result<Arc<dyn Collective>> {
-    let library = library_of(device)?;
-    Ok(Arc::new(Nccl::connect(
-        Arc::new(SingleRank),
-        &library,
-        device,
-    )?))
+    let (library, host) = (library_of(device)?, Arc::new(SingleRank));
+    Ok(Arc::new(Nccl::connect(host, &library, device)?))
 }
 
 fn library_of(device: Device) -> Result<Library> {

@@ -65,9 +65,14 @@ impl Shards {
     /// Returns the number of blocks of `block` elements in the largest share of a rank; `block` must divide the block
     /// size of the slices.
     pub(super) fn most_blocks(&self, block: usize) -> usize {
+        self.most(&(0..self.elements.len()), |n| n.div_ceil(block))
+    }
+
+    /// Returns the largest share of a rank of these parameters, where a share of n elements of one counts as `size` of n.
+    fn most(&self, parameters: &Range<usize>, size: impl Fn(usize) -> usize) -> usize {
         let of_rank = |rank| {
-            let blocks = (0..self.elements.len()).map(|i| self.of(i, rank).len().div_ceil(block));
-            blocks.sum::<usize>()
+            let sizes = parameters.clone().map(|i| size(self.of(i, rank).len()));
+            sizes.sum()
         };
         (0..self.size).map(of_rank).max().unwrap_or(0)
     }
@@ -111,13 +116,10 @@ impl Shards {
         let mut cut = Tensor::unspecified(whole.device(), whole.dtype(), [own.len()]);
         let bytes = whole.bytes().get(own.start * width..own.end * width);
         let bytes = bytes.ok_or_else(|| {
+            let expected = format!("{} numbers", own.end);
             let got = format!("{} of them", whole.elements());
-            Error::invalid(
-                "checkpoint",
-                format!("{} numbers", own.end),
-                got,
-                "this is a bug: please report it",
-            )
+            let help = "this is a bug: please report it";
+            Error::invalid("checkpoint", expected, got, help)
         })?;
         cut.bytes_mut().copy_from_slice(bytes);
         Ok(cut)
@@ -125,14 +127,7 @@ impl Shards {
 
     /// Returns the bytes of the largest share of a bucket, with `width` bytes per element.
     fn row(&self, bucket: &Range<usize>, width: usize) -> usize {
-        let share = |rank| {
-            bucket
-                .clone()
-                .map(|i| self.of(i, rank).len())
-                .sum::<usize>()
-        };
-        let longest = (0..self.size).map(share).max().unwrap_or(0);
-        (longest * width).next_multiple_of(8)
+        (self.most(bucket, |n| n) * width).next_multiple_of(8)
     }
 
     /// Returns the parameters of a bucket, and for each the bytes of a rank's share in its tensor and in the rank's row.
@@ -168,9 +163,8 @@ impl Shards {
             for i in bucket.clone() {
                 // A rank without a gradient contributes zeros.
                 let value = &parameters[i].value;
-                gradients.get_or(i, || {
-                    Tensor::zeros(value.device(), value.dtype(), value.shape())
-                });
+                let zeros = || Tensor::zeros(value.device(), value.dtype(), value.shape());
+                gradients.get_or(i, zeros);
             }
             let to = send.bytes_mut().chunks_mut(row.max(1)).enumerate();
             for (rank, to) in to.filter(|(rank, _)| *rank != self.rank) {
