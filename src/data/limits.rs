@@ -5,10 +5,10 @@ use crate::error::{Error, Result};
 /// Separator between two documents of bytes.
 pub const DOCUMENT_END: &str = "\n\n\n";
 
-/// Returns the indices of the held-out documents, increasing, for at least two documents.
+/// Returns the indices of the held-out documents, increasing: at least one, and of several documents not all.
 pub(super) fn held_out(documents: usize, fraction: f64) -> Vec<usize> {
     let m = (documents as f64 * fraction).round() as usize;
-    let m = m.clamp(1, documents - 1);
+    let m = m.min(documents.saturating_sub(1)).max(1);
     (0..m).map(|k| (2 * k + 1) * documents / (2 * m)).collect()
 }
 

@@ -202,7 +202,8 @@ fn the_error_for_bad_text_names_the_file_and_the_fault() {
     let small = ["model.vocab_size=99"];
     let cut = &include_bytes!("../../data/embedded/sotu.txt.zst")[..100_000];
     let (run, short, long) = ("x".repeat(900), letters(4, 20), letters(4, 300));
-    let cases: [(&str, &[u8], &[&str], &[&str]); 8] = [
+    let separated = ["data.document_separator=---"];
+    let cases: [(&str, &[u8], &[&str], &[&str]); 9] = [
         ("0.txt", b"", &[], &["0.txt", "empty"]),
         ("1.txt", b" \n\n\n \n", &[], &["1.txt", "empty"]),
         (
@@ -231,6 +232,8 @@ fn the_error_for_bad_text_names_the_file_and_the_fault() {
         ),
         ("6.txt.zst", cut, &[], &["6.txt.zst", "cut-off"]),
         ("7.txt.zst", b"not zstd", &[], &["7.txt.zst", "header"]),
+        // Separators, and no document between them.
+        ("8.txt", b"---\n---", &separated, &["256 tokens", "got 0"]),
     ];
     for (name, content, set, parts) in cases {
         let path = dir.path().join(name);
