@@ -56,7 +56,7 @@ impl Part {
         // The text of each side, and the lengths of its documents.
         let mut sides = [(); 2].map(|()| (Vec::new(), Vec::new()));
         for (i, document) in documents.iter().enumerate() {
-            let (side, lengths) = &mut sides[usize::from(held_out.contains(&i))];
+            let (side, lengths) = &mut sides[usize::from(held_out.binary_search(&i).is_ok())];
             if let Some(before) = lengths.last_mut() {
                 side.extend_from_slice(DOCUMENT_END.as_bytes());
                 *before += DOCUMENT_END.len();
