@@ -335,8 +335,10 @@ fn token_bytes(tokenizer: &Tokenizer) -> u8 {
 /// Writes all chunks until the channel is closed.
 fn write(writer: &mut Writer, chunks: &Receiver<Receiver<Vec<Placed<Encoded>>>>) -> Result<()> {
     for chunk in chunks {
-        // A chunk whose encoding panicked has no result; the thread that panicked reports it.
-        for (item, at) in chunk.recv().unwrap_or_default() {
+        // A chunk whose encoding panicked has no result; the thread that panicked reports it. Nothing behind the chunk is
+        // written, so that a preparation that continues reads it again.
+        let Ok(items) = chunk.recv() else { break };
+        for (item, at) in items {
             writer.take(item, at)?;
         }
     }
@@ -345,7 +347,39 @@ fn write(writer: &mut Writer, chunks: &Receiver<Receiver<Vec<Placed<Encoded>>>>)
 
 #[cfg(test)]
 mod tests {
-    use super::held_out;
+    use super::*;
+
+    #[test]
+    fn nothing_is_written_behind_a_chunk_that_was_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Options::new(&[], folder.path());
+        let state = begin(&options, &Tokenizer::bytes(), &[]).unwrap();
+        let progress = Progress::new(0, true);
+        let mut writer = Writer::new(&options, state, &progress);
+        let place = |rows| Place {
+            input: 0,
+            rows,
+            seen: rows,
+        };
+        let at = |rows| Position {
+            side: Side::Train,
+            input: 0,
+            place: place(rows),
+            consumed: 0,
+        };
+        let (send, chunks) = sync_channel(3);
+        for rows in 1..=3 {
+            let (done, result) = sync_channel(1);
+            // The second chunk has no result.
+            if rows != 2 {
+                done.send(vec![(Item::Empty, at(rows))]).unwrap();
+            }
+            send.send(result).unwrap();
+        }
+        drop(send);
+        write(&mut writer, &chunks).unwrap();
+        assert_eq!(writer.place, place(1));
+    }
 
     #[test]
     fn the_share_of_held_out_documents_is_as_requested_and_even() {
