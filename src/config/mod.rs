@@ -469,3 +469,13 @@ fn eval_sequences() -> usize {
 fn max_skipped_steps() -> u64 {
     10
 }
+
+#[cfg(test)]
+impl Config {
+    /// The preset `tiny` with these values.
+    pub(crate) fn tiny(set: &[&str]) -> Self {
+        let mut layers = Layers::preset("tiny");
+        layers.set = set.iter().map(|s| s.to_string()).collect();
+        Config::load(&layers, &|_| Ok(())).unwrap()
+    }
+}

@@ -1,6 +1,8 @@
-//! The positions at which the documents in a sequence of tokens end.
+//! The positions at which the documents in a sequence of tokens end, and tokens with these positions.
 
-use crate::data::folder::Entry;
+use super::folder::Entry;
+use super::tokens::Tokens;
+use crate::model::batch::Batch;
 
 /// The end positions of documents, increasing. Tokens between two documents belong to the earlier one.
 pub(super) struct Boundaries(Vec<u64>);
@@ -32,6 +34,29 @@ impl Boundaries {
             }
             out.push(begin as i32);
         }
+    }
+}
+
+/// Tokens, and the ends of their documents if attention stays within documents.
+pub(super) struct Text {
+    pub tokens: Tokens,
+    pub boundaries: Option<Boundaries>,
+}
+
+impl Text {
+    pub fn len(&self) -> u64 {
+        self.tokens.len()
+    }
+
+    /// Appends the window of S + 1 tokens from `start` on to a batch.
+    pub fn copy(&self, start: u64, sequence: u64, batch: &mut Batch) {
+        self.tokens
+            .copy(start..start + sequence + 1, &mut batch.tokens);
+        if let Some(boundaries) = &self.boundaries {
+            let first_key = batch.first_key.get_or_insert_default();
+            boundaries.first_keys(start, sequence, first_key);
+        }
+        batch.sequences += 1;
     }
 }
 

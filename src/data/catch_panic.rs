@@ -9,9 +9,9 @@ thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Returns the result of `f`, or the message of its panic, which is then not printed. Use it only for external code on
-/// external input: a panic of this crate is a bug and must be visible.
-pub(crate) fn catch_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
+/// Returns the result of `f`, with the text of its error, or the message of its panic, which is then not printed. Use it
+/// only for external code on external input: a panic of this crate is a bug and must be visible.
+pub(crate) fn catch_panic<T, E: ToString>(f: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = take_hook();
@@ -25,16 +25,14 @@ pub(crate) fn catch_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     // The values that `f` borrows or owns are not used after a panic.
     let result = catch_unwind(AssertUnwindSafe(f));
     GUARDED.set(outer);
-    result.map_err(|payload| {
-        let text = payload
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or_else(|| payload.downcast_ref::<&str>().copied());
-        format!(
-            "what its reader fails at ({})",
-            text.unwrap_or("no reason given")
-        )
-    })
+    let payload = match result {
+        Ok(done) => return done.map_err(|e| e.to_string()),
+        Err(payload) => payload,
+    };
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
+    let reason = text.unwrap_or("no reason given");
+    Err(format!("what its reader fails at ({reason})"))
 }
 
 #[cfg(test)]
@@ -43,8 +41,8 @@ mod tests {
 
     #[test]
     fn a_panic_is_returned_as_its_message() {
-        assert_eq!(catch_panic(|| 3), Ok(3));
-        let failed = catch_panic(|| [1u8][std::hint::black_box(4)]);
+        assert_eq!(catch_panic(|| Ok::<_, String>(3)), Ok(3));
+        let failed = catch_panic(|| Ok::<_, String>([1u8][std::hint::black_box(4)]));
         assert!(failed.unwrap_err().contains("index out of bounds"));
         assert!(!GUARDED.get());
     }

@@ -16,11 +16,11 @@ pub(super) fn expect_size(path: &Path, bytes: Option<u64>) -> Result<()> {
     Err(changed(
         path,
         format!("{expected} bytes"),
-        format!("{found}"),
+        found.to_string(),
     ))
 }
 
-pub(super) fn changed(path: &Path, expected: String, got: String) -> Error {
+pub(super) fn changed(path: &Path, expected: impl Into<String>, got: impl Into<String>) -> Error {
     let help = "the file was changed or cut off after it was prepared: prepare the text again";
     Error::file(path, expected, got, help)
 }

@@ -131,17 +131,13 @@ impl Manifest {
         sum
     }
 
-    /// Returns the manifest as JSON, with the checksum, as it is written to the file.
-    pub(super) fn text(&self) -> String {
-        let with = |checksum: String| {
-            let manifest = Manifest {
-                checksum,
-                ..self.clone()
-            };
-            // A manifest has only strings, lists and whole numbers, which JSON can represent.
-            serde_json::to_string_pretty(&manifest).unwrap_or_default() + "\n"
-        };
-        with(digest(with(String::new()).as_bytes()))
+    /// Sets the checksum, and returns the manifest as JSON, as it is written to the file.
+    pub(super) fn seal(&mut self) -> String {
+        // A manifest has only strings, lists and whole numbers, which JSON can represent.
+        let text = |m: &Self| serde_json::to_string_pretty(m).unwrap_or_default() + "\n";
+        self.checksum.clear();
+        self.checksum = digest(text(self).as_bytes());
+        text(self)
     }
 }
 
@@ -180,28 +176,22 @@ impl Folder {
     /// wrong size.
     pub fn open(path: &Path) -> Result<Self> {
         let file = path.join(MANIFEST);
-        if !file.exists() && path.join(STATE).exists() {
-            return Err(Error::file(
-                path,
-                "a folder of tokens",
-                "a folder whose preparation has not finished",
-                "run the same `routegrad data prepare` command again: it continues where it stopped",
-            ));
-        }
         if !file.exists() {
-            return Err(Error::file(
-                path,
-                "a folder of tokens",
-                match path.is_dir() {
-                    true => format!("a folder without {MANIFEST}"),
-                    false => "no such folder".into(),
-                },
-                "create it with routegrad data prepare",
-            ));
+            let create = "create it with routegrad data prepare";
+            let (got, help) = match (path.join(STATE).exists(), path.is_dir()) {
+                (true, _) => (
+                    "a folder whose preparation has not finished".into(),
+                    "run the same `routegrad data prepare` command again: it continues where it stopped",
+                ),
+                (false, true) => (format!("a folder without {MANIFEST}"), create),
+                (false, false) => ("no such folder".into(), create),
+            };
+            return Err(Error::file(path, "a folder of tokens", got, help));
         }
         let text = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
-        let value: serde_json::Value = serde_json::from_str(&text)
-            .map_err(|e| changed(&file, "the manifest that was written".into(), e.to_string()))?;
+        let damaged =
+            |e: serde_json::Error| changed(&file, "the manifest that was written", e.to_string());
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(damaged)?;
         if value["format"] != FORMAT {
             return Err(Error::file(
                 &file,
@@ -210,11 +200,10 @@ impl Folder {
                 "prepare the text again with this program",
             ));
         }
-        let manifest: Manifest = serde_json::from_value(value)
-            .map_err(|e| changed(&file, "the manifest that was written".into(), e.to_string()))?;
-        if manifest.text() != text {
-            let expected = format!("a text of checksum {}", manifest.checksum);
-            return Err(changed(&file, expected, "another one".into()));
+        let mut manifest: Manifest = serde_json::from_value(value).map_err(damaged)?;
+        let expected = format!("a text of checksum {}", manifest.checksum);
+        if manifest.seal() != text {
+            return Err(changed(&file, expected, "another one"));
         }
         let folder = Folder {
             path: path.to_path_buf(),
@@ -228,22 +217,19 @@ impl Folder {
         let width = u64::from(self.manifest.token_bytes);
         if !matches!(width, 2 | 4) {
             let path = self.path.join(MANIFEST);
-            return Err(changed(
-                &path,
-                "tokens of 2 or 4 bytes".into(),
-                width.to_string(),
-            ));
+            return Err(changed(&path, "tokens of 2 or 4 bytes", width.to_string()));
         }
         for shard in &self.manifest.shards {
-            let counts = shard.counts;
-            expect_size(&self.file(shard, "bin"), counts.tokens.checked_mul(width))?;
-            let entry = size_of::<Entry>() as u64;
-            expect_size(
-                &self.file(shard, "idx"),
-                counts.documents.checked_mul(entry),
-            )?;
+            let tokens = shard.counts.tokens.checked_mul(width);
+            let index = (shard.counts.documents).checked_mul(size_of::<Entry>() as u64);
+            expect_size(&self.file(shard, "bin"), tokens)?;
+            expect_size(&self.file(shard, "idx"), index)?;
         }
         Ok(())
+    }
+
+    fn shards(&self, side: Side) -> impl Iterator<Item = &Shard> {
+        self.manifest.shards.iter().filter(move |s| s.side == side)
     }
 
     fn file(&self, shard: &Shard, extension: &str) -> PathBuf {
@@ -276,14 +262,12 @@ impl Folder {
         let files: Vec<_> = files.collect();
         files.par_iter().try_for_each(|(path, expected)| {
             let mut hash = blake3::Hasher::new();
-            let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-            hash.update_reader(file)
-                .map_err(|e| Error::io("read", path, e))?;
+            let read = File::open(path).and_then(|file| hash.update_reader(file).map(drop));
+            read.map_err(|e| Error::io("read", path, e))?;
             expect_digest(path, expected, hash.finalize().to_hex().as_str())
         })?;
-        Side::BOTH
-            .iter()
-            .try_for_each(|side| self.documents(*side).map(drop))
+        let mut sides = Side::BOTH.into_iter();
+        sides.try_for_each(|side| self.documents(side).map(drop))
     }
 
     /// Returns the names and contents of the tokenizer's files after a check of their digests; an empty list if each byte
@@ -325,7 +309,7 @@ impl Folder {
     /// Returns the tokens of one side, as memory-mapped files.
     pub(super) fn tokens(&self, side: Side) -> Result<Tokens> {
         let mut tokens = Tokens::default();
-        for shard in self.manifest.shards.iter().filter(|s| s.side == side) {
+        for shard in self.shards(side) {
             let n = shard.counts.tokens;
             if n > 0 {
                 let path = self.file(shard, "bin");
@@ -343,12 +327,9 @@ impl Folder {
     pub fn document(&self, side: Side, i: usize) -> Result<Vec<i32>> {
         let documents = self.documents(side)?;
         let Some(document) = documents.get(i) else {
-            return Err(Error::invalid(
-                "data",
-                format!("a document below {}", documents.len()),
-                i.to_string(),
-                "choose another",
-            ));
+            let expected = format!("a document below {}", documents.len());
+            let got = i.to_string();
+            return Err(Error::invalid("data", expected, got, "choose another"));
         };
         let begin = i.checked_sub(1).map_or(0, |i| documents[i].end);
         let mut tokens = Vec::new();
@@ -373,17 +354,17 @@ impl Folder {
     pub fn documents(&self, side: Side) -> Result<Vec<Entry>> {
         let mut documents = Vec::new();
         let mut before = 0;
-        for shard in self.manifest.shards.iter().filter(|s| s.side == side) {
+        for shard in self.shards(side) {
             let path = self.file(shard, "idx");
             let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
             expect_digest(&path, &shard.index, &digest(&bytes))?;
             let mut last = 0;
             for entry in bytes.chunks_exact(size_of::<Entry>()) {
                 let mut entry: Entry = bytemuck::pod_read_unaligned(entry);
-                let whole = entry.end >= last && entry.source < self.manifest.sources.len() as u64;
-                if !whole {
-                    let expected = "documents in increasing order".to_string();
-                    return Err(changed(&path, expected, format!("{entry:?}")));
+                let sources = self.manifest.sources.len() as u64;
+                if entry.end < last || entry.source >= sources {
+                    let got = format!("{entry:?}");
+                    return Err(changed(&path, "documents in increasing order", got));
                 }
                 last = entry.end;
                 entry.end += before;
@@ -403,6 +384,5 @@ fn expect_digest(path: &Path, expected: &str, got: &str) -> Result<()> {
     if expected == got {
         return Ok(());
     }
-    let expected = format!("the digest {expected}");
-    Err(changed(path, expected, got.to_string()))
+    Err(changed(path, format!("the digest {expected}"), got))
 }

@@ -54,12 +54,10 @@ impl<R: BufRead> Read for Frames<R> {
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize> {
         loop {
             if let Some(decoder) = &mut self.decoder {
-                let n = catch_panic(|| decoder.read(buffer).map_err(|e| e.to_string()))
-                    .and_then(|read| read)
-                    .map_err(|e| {
-                        let place = format!("after {} bytes of text", self.read);
-                        bad(format!("bad or cut-off data {place} ({e})"))
-                    })?;
+                let n = catch_panic(|| decoder.read(buffer)).map_err(|e| {
+                    let place = format!("after {} bytes of text", self.read);
+                    bad(format!("bad or cut-off data {place} ({e})"))
+                })?;
                 if n > 0 || buffer.is_empty() {
                     self.read += n as u64;
                     return Ok(n);
@@ -79,8 +77,7 @@ impl<R: BufRead> Read for Frames<R> {
             let Some(frame) = next_frame(source)? else {
                 return Ok(0);
             };
-            let decoder = catch_panic(|| StreamingDecoder::new(frame).map_err(|e| e.to_string()))
-                .and_then(|decoder| decoder)
+            let decoder = catch_panic(|| StreamingDecoder::new(frame))
                 .map_err(|e| bad(format!("a bad or cut-off frame header ({e})")))?;
             self.decoder = Some(decoder);
         }

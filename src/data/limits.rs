@@ -5,10 +5,10 @@ use crate::error::{Error, Result};
 /// Separator between two documents of bytes.
 pub const DOCUMENT_END: &str = "\n\n\n";
 
-/// Returns the indices of the held-out documents, increasing, for at least two documents.
+/// Returns the indices of the held-out documents, increasing: at least one, and of several documents not all.
 pub(super) fn held_out(documents: usize, fraction: f64) -> Vec<usize> {
     let m = (documents as f64 * fraction).round() as usize;
-    let m = m.clamp(1, documents - 1);
+    let m = m.min(documents.saturating_sub(1)).max(1);
     (0..m).map(|k| (2 * k + 1) * documents / (2 * m)).collect()
 }
 
@@ -35,16 +35,14 @@ pub(super) fn long_enough(side: &str, length: u64, sequence: u64) -> Result<()> 
 }
 
 pub(super) fn in_vocabulary(side: &str, text: &[u8], vocab_size: usize) -> Result<()> {
-    match text
-        .iter()
-        .position(|byte| usize::from(*byte) >= vocab_size)
-    {
-        None => Ok(()),
-        Some(at) => Err(Error::invalid(
-            "data",
-            format!("bytes below model.vocab_size = {vocab_size}"),
-            format!("byte {} at offset {at} of the {side} text", text[at]),
-            "set model.vocab_size=256, which holds every byte",
-        )),
-    }
+    let unknown = |byte: &u8| usize::from(*byte) >= vocab_size;
+    let Some(at) = text.iter().position(unknown) else {
+        return Ok(());
+    };
+    Err(Error::invalid(
+        "data",
+        format!("bytes below model.vocab_size = {vocab_size}"),
+        format!("byte {} at offset {at} of the {side} text", text[at]),
+        "set model.vocab_size=256, which holds every byte",
+    ))
 }

@@ -32,24 +32,15 @@ impl Mix {
     /// When a part's share is rounded to 0.
     pub fn new(parts: &[Weighted], seed: u64) -> Result<Self> {
         let sum: f64 = parts.iter().map(|p| p.weight).sum();
-        let exact: Vec<f64> = parts
-            .iter()
-            .map(|p| p.weight / sum * BLOCK as f64)
-            .collect();
+        let exact = parts.iter().map(|p| p.weight / sum * BLOCK as f64);
+        let exact: Vec<f64> = exact.collect();
         let mut shares: Vec<u64> = exact.iter().map(|x| x.floor() as u64).collect();
         let mut order: Vec<usize> = (0..parts.len()).collect();
-        order.sort_by(|a, b| {
-            exact[*b]
-                .fract()
-                .total_cmp(&exact[*a].fract())
-                .then(a.cmp(b))
-        });
+        // The sort is stable: of equal remainders the first comes first.
+        order.sort_by(|a, b| exact[*b].fract().total_cmp(&exact[*a].fract()));
         let missing = BLOCK.saturating_sub(shares.iter().sum()) as usize;
-        order
-            .iter()
-            .cycle()
-            .take(missing)
-            .for_each(|i| shares[*i] += 1);
+        let raised = order.iter().cycle().take(missing);
+        raised.for_each(|i| shares[*i] += 1);
         if let Some(none) = shares.iter().position(|n| *n == 0) {
             return Err(Error::usage(
                 "data.mix",

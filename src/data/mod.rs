@@ -35,7 +35,6 @@ pub use tokenizer::Tokenizer;
 use crate::config::{Config, DataConfig, Layers, ModelConfig, RouterCheck};
 use crate::error::{Error, Result};
 use crate::model::batch::Batch;
-use folder::Side;
 use limits::long_enough;
 use mix::Mix;
 use order::Order;
@@ -87,13 +86,9 @@ impl Corpus {
         let mut parts = Vec::new();
         for source in config.sources() {
             if !config.mix.is_empty() && !Folder::is(Path::new(source)) {
+                let expected = "a folder of tokens in data.mix";
                 let help = "prepare the text: routegrad data prepare";
-                return Err(Error::file(
-                    source,
-                    "a folder of tokens in data.mix",
-                    "none",
-                    help,
-                ));
+                return Err(Error::file(source, expected, "none", help));
             }
             let part = Part::load(source, config, model)?;
             tokenizer::expect(&config.tokenizer, &part.tokenizer, source)?;
@@ -136,7 +131,8 @@ impl Corpus {
         for index in indices {
             let (part, local) = self.mix.place(index);
             let start = self.orders[part].start(local);
-            self.parts[part].copy(Side::Train, start, self.sequence_length, &mut batch);
+            let text = &self.parts[part].train;
+            text.copy(start, self.sequence_length, &mut batch);
         }
         batch
     }
@@ -200,8 +196,8 @@ impl Corpus {
     pub fn read(&self, windows: &[Window]) -> Batch {
         let mut batch = Batch::default();
         for Window { part, start, .. } in windows {
-            let (part, length) = (&self.parts[*part], self.sequence_length);
-            part.copy(Side::Validation, *start, length, &mut batch);
+            let text = &self.parts[*part].validation;
+            text.copy(*start, self.sequence_length, &mut batch);
         }
         batch
     }
@@ -261,9 +257,8 @@ impl Corpus {
     /// # Errors
     /// When the files cannot be read.
     pub fn tokenizer_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
-        self.folder
-            .as_ref()
-            .map_or(Ok(Vec::new()), Folder::tokenizer_files)
+        let folder = self.folder.as_ref();
+        folder.map_or(Ok(Vec::new()), Folder::tokenizer_files)
     }
 
     /// Returns a digest of the training and validation data. A resumed run must use data with the digest that the run
@@ -295,8 +290,8 @@ pub fn configure(layers: &Layers, check_router: &RouterCheck) -> Result<Config> 
     if !layers.gives("data.tokenizer")? {
         adopt_tokenizer(&mut config.data)?;
     }
-    let needed = folders(&config.data)?.iter().map(vocabulary).max();
-    if let Some(needed) = needed
+    let found = folders(&config.data)?;
+    if let Some(needed) = found.iter().map(|f| f.manifest().vocab_size).max()
         && !layers.gives("model.vocab_size")?
     {
         config.model.vocab_size = needed.next_multiple_of(8);
@@ -319,10 +314,6 @@ pub fn adopt_tokenizer(config: &mut DataConfig) -> Result<()> {
 fn folders(config: &DataConfig) -> Result<Vec<Folder>> {
     let paths = config.sources().map(Path::new);
     paths.filter(|p| Folder::is(p)).map(Folder::open).collect()
-}
-
-fn vocabulary(folder: &Folder) -> usize {
-    folder.manifest().vocab_size
 }
 
 #[cfg(test)]

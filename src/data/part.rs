@@ -1,6 +1,6 @@
 //! One part of a corpus: text that is read completely into memory, or a folder of tokens.
 
-use super::boundaries::Boundaries;
+use super::boundaries::{Boundaries, Text};
 use super::folder::{Counts, Entry, Folder, Side};
 use super::limits::{DOCUMENT_END, before_and_end, held_out, in_vocabulary, long_enough};
 use super::text;
@@ -8,7 +8,6 @@ use super::tokenizer::BYTES;
 use super::tokens::{Store, Tokens};
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
-use crate::model::batch::Batch;
 use std::path::Path;
 
 /// The digests of folders up to this size in bytes are verified before a run.
@@ -20,16 +19,14 @@ pub(super) struct Part {
     pub tokenizer: String,
     /// Whether the text is one document, whose end is held out.
     pub one_document: bool,
-    pub train: Tokens,
-    pub validation: Tokens,
+    pub train: Text,
+    pub validation: Text,
     /// Counts of the training and of the validation documents.
     pub counts: [Counts; 2],
     /// The documents of the validation tokens; empty for a text of bytes.
     pub documents: Vec<Entry>,
     /// Names of the sources of the documents.
     pub sources: Vec<String>,
-    /// Boundaries of the training and validation documents, if attention needs them.
-    pub boundaries: Option<[Boundaries; 2]>,
     /// A digest of the data.
     pub digest: String,
 }
@@ -56,35 +53,33 @@ impl Part {
             }
             _ => held_out(documents.len(), fraction),
         };
-        let mut sides = [Vec::new(), Vec::new()];
-        let mut lengths = [Vec::new(), Vec::new()];
+        // The text of each side, and the lengths of its documents.
+        let mut sides = [(); 2].map(|()| (Vec::new(), Vec::new()));
         for (i, document) in documents.iter().enumerate() {
-            let number = usize::from(held_out.contains(&i));
-            let side = &mut sides[number];
-            if let Some(before) = lengths[number].last_mut() {
+            let (side, lengths) = &mut sides[usize::from(held_out.binary_search(&i).is_ok())];
+            if let Some(before) = lengths.last_mut() {
                 side.extend_from_slice(DOCUMENT_END.as_bytes());
                 *before += DOCUMENT_END.len();
             }
             side.extend_from_slice(document.as_bytes());
-            lengths[number].push(document.len());
+            lengths.push(document.len());
         }
         let mut hash = blake3::Hasher::new();
-        for (name, side) in ["training", "validation"].iter().zip(&sides) {
+        for (name, (side, _)) in ["training", "validation"].iter().zip(&sides) {
             long_enough(name, side.len() as u64, model.sequence_length as u64)?;
             in_vocabulary(name, side, model.vocab_size)?;
             hash.update(&(side.len() as u64).to_le_bytes());
             hash.update(side);
         }
-        let count = |documents: usize, side: &Vec<u8>| Counts {
-            documents: documents as u64,
+        let counts = sides.each_ref().map(|(side, lengths)| Counts {
+            documents: lengths.len() as u64,
             tokens: side.len() as u64,
             bytes: side.len() as u64,
-        };
-        let counts = [
-            count(documents.len() - held_out.len(), &sides[0]),
-            count(held_out.len(), &sides[1]),
-        ];
-        let [train, validation] = sides.map(|side| Tokens::whole(Store::Bytes(side)));
+        });
+        let [train, validation] = sides.map(|(side, lengths)| Text {
+            tokens: Tokens::whole(Store::Bytes(side)),
+            boundaries: (config.document_boundaries).then(|| Boundaries::of_lengths(lengths)),
+        });
         Ok(Part {
             tokenizer: BYTES.into(),
             one_document,
@@ -93,9 +88,6 @@ impl Part {
             counts,
             documents: Vec::new(),
             sources: Vec::new(),
-            boundaries: config
-                .document_boundaries
-                .then(|| lengths.map(Boundaries::of_lengths)),
             digest: hash.finalize().to_hex().to_string(),
         })
     }
@@ -104,13 +96,10 @@ impl Part {
         let folder = Folder::open(path)?;
         let manifest = folder.manifest();
         if manifest.vocab_size > model.vocab_size {
+            let (needed, place) = (manifest.vocab_size, path.display());
             return Err(Error::usage(
                 "model.vocab_size",
-                format!(
-                    "at least {}, the vocabulary of {}",
-                    manifest.vocab_size,
-                    path.display()
-                ),
+                format!("at least {needed}, the vocabulary of {place}"),
                 model.vocab_size.to_string(),
                 "leave it out, or prepare the text with the model's tokenizer",
             ));
@@ -119,49 +108,34 @@ impl Part {
             folder.verify()?;
         }
         let documents = folder.documents(Side::Validation)?;
-        let boundaries = match config.document_boundaries {
-            true => Some([
-                Boundaries::new(&folder.documents(Side::Train)?),
-                Boundaries::new(&documents),
-            ]),
+        let train = match config.document_boundaries {
+            true => Some(Boundaries::new(&folder.documents(Side::Train)?)),
             false => None,
+        };
+        let validation = (config.document_boundaries).then(|| Boundaries::new(&documents));
+        let text = |side, boundaries| -> Result<Text> {
+            let tokens = folder.tokens(side)?;
+            Ok(Text { tokens, boundaries })
         };
         Ok(Part {
             tokenizer: manifest.tokenizer.clone(),
             one_document: false,
-            train: folder.tokens(Side::Train)?,
-            validation: folder.tokens(Side::Validation)?,
+            train: text(Side::Train, train)?,
+            validation: text(Side::Validation, validation)?,
             counts: Side::BOTH.map(|side| manifest.counts(side)),
             documents,
-            boundaries,
             sources: manifest.sources.iter().map(|s| s.name.clone()).collect(),
             digest: manifest.checksum.clone(),
         })
     }
 
-    /// Appends the window of S + 1 tokens from `start` on to a batch.
-    pub fn copy(&self, side: Side, start: u64, sequence: u64, batch: &mut Batch) {
-        let tokens = match side {
-            Side::Train => &self.train,
-            Side::Validation => &self.validation,
-        };
-        tokens.copy(start..start + sequence + 1, &mut batch.tokens);
-        if let Some(boundaries) = &self.boundaries {
-            let first_key = batch.first_key.get_or_insert_default();
-            boundaries[side as usize].first_keys(start, sequence, first_key);
-        }
-        batch.sequences += 1;
-    }
-
     /// Returns the sources of the validation tokens `from .. to`: one share per document.
     pub fn shares(&self, from: u64, to: u64) -> Vec<Share> {
         if self.documents.is_empty() {
-            let tokens = to - from;
-            let bytes = tokens as f64;
             return vec![Share {
                 source: 0,
-                tokens,
-                bytes,
+                tokens: to - from,
+                bytes: (to - from) as f64,
             }];
         }
         let first = self.documents.partition_point(|d| d.end <= from);
@@ -204,7 +178,10 @@ mod tests {
 
     #[test]
     fn a_document_without_tokens_has_no_share() {
-        let tokens = || Tokens::whole(Store::Bytes(vec![b'a'; 9]));
+        let text = || Text {
+            tokens: Tokens::whole(Store::Bytes(vec![b'a'; 9])),
+            boundaries: None,
+        };
         let ends = [(4, 8), (4, 3), (9, 5)];
         let entry = |(end, bytes)| Entry {
             end,
@@ -214,12 +191,11 @@ mod tests {
         let part = Part {
             tokenizer: "own".into(),
             one_document: false,
-            train: tokens(),
-            validation: tokens(),
+            train: text(),
+            validation: text(),
             counts: [Counts::default(); 2],
             documents: ends.map(entry).to_vec(),
             sources: vec!["one".into()],
-            boundaries: None,
             digest: String::new(),
         };
         let shares = part.shares(1, 9);

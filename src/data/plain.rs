@@ -1,6 +1,6 @@
 //! Normalises text files of other systems: removes a byte order mark and converts Windows line endings to `\n`.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
@@ -8,82 +8,62 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 pub(super) struct PlainText<R> {
     inner: R,
     line_ends: bool,
-    started: bool,
-    ended: bool,
-    /// Bytes that were read but not returned yet: those from index `given` on.
-    pending: Vec<u8>,
-    given: usize,
+    /// Number of bytes of the mark that were read, until it is known whether the text begins with one.
+    mark: Option<usize>,
+    /// Whether a carriage return was read whose next byte is not known.
+    carriage_return: bool,
+    /// Bytes that were read and are returned next.
+    next: &'static [u8],
 }
 
-impl<R: Read> PlainText<R> {
+impl<R: BufRead> PlainText<R> {
     pub fn new(inner: R, line_ends: bool) -> Self {
         PlainText {
             inner,
             line_ends,
-            started: false,
-            ended: false,
-            pending: Vec::new(),
-            given: 0,
+            mark: Some(0),
+            carriage_return: false,
+            next: &[],
         }
-    }
-
-    /// Reads more bytes into `pending`, which then holds at most a carriage return whose next byte is not known.
-    fn refill(&mut self) -> io::Result<()> {
-        let kept = self.pending.split_off(self.given);
-        self.pending = kept;
-        self.given = 0;
-        let old = self.pending.len();
-        self.pending.resize(old + (1 << 16), 0);
-        let read = self.inner.read(&mut self.pending[old..]);
-        self.pending.truncate(old + *read.as_ref().unwrap_or(&0));
-        self.ended = read? == 0;
-        Ok(())
-    }
-
-    /// Returns the number of bytes of `pending` that can be returned to the caller.
-    fn prepare(&mut self) -> io::Result<usize> {
-        self.refill()?;
-        while !self.started && self.pending.len() < BYTE_ORDER_MARK.len() && !self.ended {
-            self.refill()?;
-        }
-        if !self.started {
-            self.started = true;
-            if self.pending.starts_with(BYTE_ORDER_MARK) {
-                self.pending.drain(..BYTE_ORDER_MARK.len());
-            }
-        }
-        if !self.line_ends {
-            return Ok(self.pending.len());
-        }
-        let mut kept = 0;
-        for i in 0..self.pending.len() {
-            let ends_line = self.pending[i] == b'\r' && self.pending.get(i + 1) == Some(&b'\n');
-            if !ends_line {
-                self.pending[kept] = self.pending[i];
-                kept += 1;
-            }
-        }
-        self.pending.truncate(kept);
-        let waits = !self.ended && self.pending.last() == Some(&b'\r');
-        Ok(kept - usize::from(waits))
     }
 }
 
-impl<R: Read> Read for PlainText<R> {
+impl<R: BufRead> Read for PlainText<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut ready = self.pending.len() - self.given;
-        let waits = self.line_ends && !self.ended && self.pending.last() == Some(&b'\r');
-        ready -= usize::from(waits && ready > 0);
-        while ready == 0 && !self.ended && !buffer.is_empty() {
-            ready = self.prepare()?;
+        loop {
+            if !self.next.is_empty() || buffer.is_empty() {
+                return self.next.read(buffer);
+            }
+            let bytes = self.inner.fill_buf()?;
+            if let Some(n) = self.mark {
+                match bytes.first() == Some(&BYTE_ORDER_MARK[n]) {
+                    true => {
+                        self.inner.consume(1);
+                        self.mark = Some(n + 1).filter(|n| *n < BYTE_ORDER_MARK.len());
+                    }
+                    false => (self.mark, self.next) = (None, &BYTE_ORDER_MARK[..n]),
+                }
+                continue;
+            }
+            if std::mem::take(&mut self.carriage_return) && bytes.first() != Some(&b'\n') {
+                self.next = b"\r";
+                continue;
+            }
+            let bytes = &bytes[..bytes.len().min(buffer.len())];
+            let n = match self.line_ends {
+                true => bytes.iter().position(|b| *b == b'\r'),
+                false => None,
+            };
+            if n == Some(0) {
+                self.inner.consume(1);
+                self.carriage_return = true;
+                continue;
+            }
+            let n = n.unwrap_or(bytes.len());
+            buffer[..n].copy_from_slice(&bytes[..n]);
+            self.inner.consume(n);
+            return Ok(n);
         }
-        if self.ended {
-            ready = self.pending.len() - self.given;
-        }
-        let n = ready.min(buffer.len());
-        buffer[..n].copy_from_slice(&self.pending[self.given..self.given + n]);
-        self.given += n;
-        Ok(n)
     }
 }
 
@@ -102,6 +82,7 @@ pub(super) fn plain(text: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::BufReader;
 
     /// A reader that returns at most this number of bytes at a time.
     struct Slow<'a>(&'a [u8], usize);
@@ -127,7 +108,7 @@ mod tests {
         ] {
             for step in 1..5 {
                 let mut found = String::new();
-                PlainText::new(Slow(text.as_bytes(), step), true)
+                PlainText::new(BufReader::new(Slow(text.as_bytes(), step)), true)
                     .read_to_string(&mut found)
                     .unwrap();
                 assert_eq!(found, expected, "{text:?} by {step}");

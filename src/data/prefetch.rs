@@ -32,10 +32,7 @@ impl<T: Send + 'static> Prefetch<T> {
                     }
                 }
             })
-            .map_err(|e| {
-                let help = "raise the limit of threads (ulimit -u), or end other programs";
-                Error::invalid("data", "a thread to read ahead", e.to_string(), help)
-            })?;
+            .map_err(|e| Error::thread("data", "a thread to read ahead", &e))?;
         Ok(Prefetch {
             next,
             parts: Some((receiver, thread)),

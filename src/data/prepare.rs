@@ -15,16 +15,16 @@ mod shards;
 
 pub use options::Options;
 
-use super::folder::{FORMAT, Folder, MANIFEST, Manifest, STATE, Side, digest};
+use super::folder::{Counts, FORMAT, Folder, MANIFEST, Manifest, STATE, Side, digest};
 use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer};
 use crate::error::{Error, Result};
 use crate::report::files::{UNFINISHED, replace};
 use crate::report::lock::{FolderLock, LOCK_FILE};
 use crate::report::progress::Progress;
 use inputs::Input;
-use items::Item;
+use items::{Document, Item};
 use serde_json::{Value, json};
-use shards::{Encoded, Place, State, Writer};
+use shards::{Encoded, Place, Position, State, Writer};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -75,7 +75,7 @@ pub fn run(options: &Options) -> Result<Summary> {
         ));
     }
     let mut writer = Writer::new(options, state, &progress);
-    let place = writer.place();
+    let place = writer.place;
     let read = std::thread::scope(|threads| {
         let waiting = 4 * rayon::current_num_threads();
         let (send, receive) = sync_channel(waiting);
@@ -86,8 +86,7 @@ pub fn run(options: &Options) -> Result<Summary> {
         let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         written.and(read)
     });
-    let (bytes, altered) = (writer.encoded(), writer.altered());
-    let cut = writer.cut();
+    let (bytes, altered, cut) = (writer.encoded, writer.altered, writer.cut());
     let finished = read.and_then(|()| writer.finish());
     drop(progress);
     let manifest = finished.inspect_err(|_| shards::remove_unfinished(&options.out))?;
@@ -151,20 +150,14 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
     let out = &options.out;
     let after = options.behind_document(tokenizer);
     let before: Vec<i32> = tokenizer.bos().into_iter().collect();
-    let fraction = match options.validation.is_empty() {
-        true => options.validation_fraction,
-        false => 0.0,
-    };
     let files = tokenizer.files();
-    let config = files
-        .iter()
-        .find(|(name, _)| *name == TOKENIZER_CONFIG_FILE);
+    let mut config = files.iter().filter(|f| f.0 == TOKENIZER_CONFIG_FILE);
     let state = State {
         plan: json!({
             "tokenizer": tokenizer.fingerprint(),
             "before": before,
             "after": after,
-            "validation_fraction": fraction,
+            "validation_fraction": options.fraction(),
             "columns": [options.text_column, options.source_column()],
             "separator": options.separator,
             "shard_tokens": options.shard_tokens,
@@ -176,15 +169,11 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
         manifest: Manifest {
             format: FORMAT.into(),
             tokenizer: tokenizer.fingerprint().into(),
-            tokenizer_config: config.map_or(String::new(), |(_, text)| digest(text)),
+            tokenizer_config: config.next().map_or(String::new(), |f| digest(&f.1)),
             vocab_size: tokenizer.vocab_size(),
             before,
             after,
-            token_bytes: if tokenizer.vocab_size() <= 1 << 16 {
-                2
-            } else {
-                4
-            },
+            token_bytes: token_bytes(tokenizer),
             sources: Vec::new(),
             empty: 0,
             unreadable: 0,
@@ -217,11 +206,8 @@ fn write_missing(out: &Path, files: &[(&str, Vec<u8>)]) -> Result<()> {
 /// Returns the names of the keys whose values differ between two plans.
 fn different(a: &Value, b: &Value) -> String {
     let keys = a.as_object().into_iter().flat_map(|a| a.keys());
-    let others: Vec<&str> = keys
-        .filter(|k| a[*k] != b[*k])
-        .map(String::as_str)
-        .collect();
-    format!("other {}", others.join(", "))
+    let others = keys.filter(|k| a[*k] != b[*k]).map(String::as_str);
+    format!("other {}", others.collect::<Vec<_>>().join(", "))
 }
 
 /// Returns whether document `n`, counted from 0, is held out. The share of held-out documents among the first n is
@@ -231,17 +217,8 @@ fn held_out(n: u64, fraction: f64) -> bool {
     before(n + 1) > before(n)
 }
 
-/// A document that is waiting to be encoded.
-struct Pending {
-    item: Item,
-    side: Side,
-    /// Index of its input.
-    input: usize,
-    /// Where reading continues after the document.
-    place: Place,
-    /// Bytes of all inputs that have been read so far.
-    consumed: u64,
-}
+/// An item and its position.
+type Placed<D> = (Item<D>, Position);
 
 /// Reads the inputs from `place` on, and sends the encoded chunks, in order.
 fn read(
@@ -249,19 +226,20 @@ fn read(
     tokenizer: &Tokenizer,
     inputs: &[Input],
     mut place: Place,
-    send: SyncSender<Receiver<Vec<Encoded>>>,
+    send: SyncSender<Receiver<Vec<Placed<Encoded>>>>,
 ) -> Result<()> {
-    let held_out_here = options.validation.is_empty();
     let mut chunk = Vec::new();
     let mut size = 0;
     let names: Vec<&str> = inputs.iter().map(|i| i.name.as_str()).collect();
     rayon::in_place_scope(|jobs| {
         // False if the receiver is gone because the writer failed.
-        let put = |chunk: Vec<Pending>| {
+        let put = |chunk: Vec<Placed<Document>>| {
             let (done, result) = sync_channel(1);
             let names = &names;
             jobs.spawn(move |_| {
-                let encode = |p| encode(options, tokenizer, names, p);
+                let encode = |(item, at): Placed<Document>| {
+                    (encode(options, tokenizer, names[at.input], item), at)
+                };
                 let _ = done.send(chunk.into_iter().map(encode).collect());
             });
             send.send(result).is_ok()
@@ -272,28 +250,23 @@ fn read(
                 let mut documents = inputs::open(&input.path, options)?;
                 documents.skip(place.rows);
                 while let Some(item) = documents.next() {
-                    let side = match input.validation {
+                    let side = match input.validation || held_out(place.seen, options.fraction()) {
                         true => Side::Validation,
-                        false if !held_out_here => Side::Train,
-                        false if held_out(place.seen, options.validation_fraction) => {
-                            Side::Validation
-                        }
                         false => Side::Train,
                     };
                     place.rows = place.rows.saturating_add(item.rows());
                     place.seen = place.seen.saturating_add(item.rows());
                     size += match &item {
-                        Item::Document { text, .. } => text.len() + 64,
+                        Item::Document(document) => document.text.len() + 64,
                         _ => 64,
                     };
-                    let consumed = consumed_before + documents.consumed();
-                    chunk.push(Pending {
-                        item,
+                    let position = Position {
                         side,
                         input: i,
                         place,
-                        consumed,
-                    });
+                        consumed: consumed_before + documents.consumed(),
+                    };
+                    chunk.push((item, position));
                     if size >= CHUNK {
                         size = 0;
                         if !put(std::mem::take(&mut chunk)) {
@@ -314,62 +287,59 @@ fn read(
     })
 }
 
-/// Returns one document's tokens in the format of a shard.
-fn encode(options: &Options, tokenizer: &Tokenizer, names: &[&str], pending: Pending) -> Encoded {
-    let Pending {
-        item,
-        side,
-        input,
-        place,
-        consumed,
-    } = pending;
-    let what = match item {
-        Item::Document { text, source } => match tokens(options, tokenizer, &text) {
-            Ok((count, tokens, altered)) => shards::What::Document {
-                side,
-                altered,
-                source: source.unwrap_or_else(|| names[input].to_string()),
-                bytes: text.len() as u64,
-                count,
-                tokens,
-            },
-            Err(e) => shards::What::Unreadable {
-                rows: 1,
-                what: e.to_string(),
-                rest: false,
-            },
+/// Encodes a document that is read from the input `name`; an error makes it unreadable.
+fn encode(options: &Options, tokenizer: &Tokenizer, name: &str, item: Item) -> Item<Encoded> {
+    match item {
+        Item::Document(document) => match tokens(options, tokenizer, name, document) {
+            Ok(encoded) => Item::Document(encoded),
+            Err(e) => Item::one_unreadable(e.to_string()),
         },
-        Item::Empty => shards::What::Empty,
-        Item::Unreadable { rows, what, rest } => shards::What::Unreadable { rows, what, rest },
-    };
-    Encoded {
-        what,
-        input,
-        place,
-        consumed,
+        Item::Empty => Item::Empty,
+        Item::Unreadable { rows, what, rest } => Item::Unreadable { rows, what, rest },
     }
 }
 
-/// Returns the number of a document's tokens, their bytes, and whether a requested round trip through the decoder changed
-/// the text.
-fn tokens(options: &Options, tokenizer: &Tokenizer, text: &str) -> Result<(u64, Vec<u8>, bool)> {
-    let own = tokenizer.encode(text)?;
+fn tokens(
+    options: &Options,
+    tokenizer: &Tokenizer,
+    name: &str,
+    Document { text, source }: Document,
+) -> Result<Encoded> {
+    let own = tokenizer.encode(&text)?;
     let altered = options.round_trip && tokenizer.decode(&own)? != text;
     let before: Vec<i32> = tokenizer.bos().into_iter().collect();
     let all = [before, own, options.behind_document(tokenizer)].concat();
-    let bytes = match tokenizer.vocab_size() <= 1 << 16 {
-        true => all.iter().flat_map(|t| (*t as u16).to_le_bytes()).collect(),
-        false => all.iter().flat_map(|t| (*t as u32).to_le_bytes()).collect(),
-    };
-    Ok((all.len() as u64, bytes, altered))
+    Ok(Encoded {
+        source: source.unwrap_or_else(|| name.to_string()),
+        counts: Counts {
+            documents: 1,
+            tokens: all.len() as u64,
+            bytes: text.len() as u64,
+        },
+        tokens: match token_bytes(tokenizer) {
+            2 => all.iter().flat_map(|t| (*t as u16).to_le_bytes()).collect(),
+            _ => all.iter().flat_map(|t| (*t as u32).to_le_bytes()).collect(),
+        },
+        altered,
+    })
+}
+
+/// Returns the number of bytes of a token in a shard.
+fn token_bytes(tokenizer: &Tokenizer) -> u8 {
+    match tokenizer.vocab_size() <= 1 << 16 {
+        true => 2,
+        false => 4,
+    }
 }
 
 /// Writes all chunks until the channel is closed.
-fn write(writer: &mut Writer, chunks: &Receiver<Receiver<Vec<Encoded>>>) -> Result<()> {
+fn write(writer: &mut Writer, chunks: &Receiver<Receiver<Vec<Placed<Encoded>>>>) -> Result<()> {
     for chunk in chunks {
-        // A chunk whose encoding panicked has no result; the thread that panicked reports it.
-        for encoded in chunk.recv().unwrap_or_default() {
-            writer.take(encoded)?;
+        // A chunk whose encoding panicked has no result; the thread that panicked reports it. Nothing behind the chunk is
+        // written, so that a preparation that continues reads it again.
+        let Ok(items) = chunk.recv() else { break };
+        for (item, at) in items {
+            writer.take(item, at)?;
         }
     }
     Ok(())
@@ -377,18 +347,47 @@ fn write(writer: &mut Writer, chunks: &Receiver<Receiver<Vec<Encoded>>>) -> Resu
 
 #[cfg(test)]
 mod tests {
-    use super::held_out;
+    use super::*;
+
+    #[test]
+    fn nothing_is_written_behind_a_chunk_that_was_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Options::new(&[], folder.path());
+        let state = begin(&options, &Tokenizer::bytes(), &[]).unwrap();
+        let progress = Progress::new(0, true);
+        let mut writer = Writer::new(&options, state, &progress);
+        let place = |rows| Place {
+            input: 0,
+            rows,
+            seen: rows,
+        };
+        let at = |rows| Position {
+            side: Side::Train,
+            input: 0,
+            place: place(rows),
+            consumed: 0,
+        };
+        let (send, chunks) = sync_channel(3);
+        for rows in 1..=3 {
+            let (done, result) = sync_channel(1);
+            // The second chunk has no result.
+            if rows != 2 {
+                done.send(vec![(Item::Empty, at(rows))]).unwrap();
+            }
+            send.send(result).unwrap();
+        }
+        drop(send);
+        write(&mut writer, &chunks).unwrap();
+        assert_eq!(writer.place, place(1));
+    }
 
     #[test]
     fn the_share_of_held_out_documents_is_as_requested_and_even() {
         for (fraction, expected) in [(0.0, 0), (0.005, 5), (0.25, 250), (0.9, 900)] {
             let held: Vec<u64> = (0..1000).filter(|n| held_out(*n, fraction)).collect();
             assert_eq!(held.len(), expected);
-            let gaps = held.windows(2).map(|w| (w[1] - w[0]) as f64);
-            assert!(
-                gaps.into_iter()
-                    .all(|gap| (gap - 1.0 / fraction).abs() <= 1.0)
-            );
+            let mut gaps = held.windows(2).map(|w| (w[1] - w[0]) as f64);
+            assert!(gaps.all(|gap| (gap - 1.0 / fraction).abs() <= 1.0));
         }
     }
 }

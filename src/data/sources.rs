@@ -2,7 +2,7 @@
 //! of documents of one file. Sources are known by file names only; other properties, such as the year of a speech, are not
 //! known here.
 
-use super::boundaries::Boundaries;
+use super::boundaries::{Boundaries, Text};
 use super::limits::{DOCUMENT_END, in_vocabulary};
 use super::part::Part;
 use super::tokens::{Store, Tokens};
@@ -20,9 +20,7 @@ const MOST: usize = 12;
 pub struct Source {
     /// Name of its file, or the range of its documents, counted from 1.
     pub name: String,
-    text: Tokens,
-    /// If attention stays within documents.
-    boundaries: Option<Boundaries>,
+    text: Text,
     sequence_length: usize,
 }
 
@@ -31,17 +29,9 @@ impl Source {
     pub fn windows(&self, most: usize) -> Batch {
         let s = self.sequence_length as u64;
         let all = ((self.text.len() - 1) / s) as usize;
-        let mut batch = Batch {
-            sequences: most.min(all),
-            ..Batch::default()
-        };
-        for k in 0..batch.sequences {
-            let start = (k * all / batch.sequences) as u64 * s;
-            self.text.copy(start..start + s + 1, &mut batch.tokens);
-            if let Some(boundaries) = &self.boundaries {
-                let first_key = batch.first_key.get_or_insert_default();
-                boundaries.first_keys(start, s, first_key);
-            }
+        let (mut batch, n) = (Batch::default(), most.min(all));
+        for k in 0..n {
+            self.text.copy((k * all / n) as u64 * s, s, &mut batch);
         }
         batch
     }
@@ -66,7 +56,7 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
         return of_folders(config, model);
     }
     let files = text::read_files(config)?;
-    let mut groups: Vec<(String, Vec<String>)> = match files.len() {
+    let groups: Vec<(String, Vec<String>)> = match files.len() {
         2..=MOST => {
             let named = files.into_iter().map(|(path, documents)| {
                 let folder = Path::new(&config.source);
@@ -76,20 +66,16 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
             named.collect()
         }
         n => {
-            let documents: Vec<String> = files.into_iter().flat_map(|f| f.1).collect();
-            runs(
-                documents,
-                if n == 1 {
-                    "documents"
-                } else {
-                    "documents of files"
-                },
-            )
+            let what = match n {
+                1 => "documents",
+                _ => "documents of files",
+            };
+            runs(files.into_iter().flat_map(|f| f.1).collect(), what)
         }
     };
     let mut left_out = LeftOut::default();
     let mut found = Vec::new();
-    for (name, documents) in groups.drain(..) {
+    for (name, documents) in groups {
         let lengths = documents.iter().map(|d| d.len() + DOCUMENT_END.len());
         let boundaries = (config.document_boundaries).then(|| Boundaries::of_lengths(lengths));
         let text = documents.join(DOCUMENT_END).into_bytes();
@@ -100,8 +86,10 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
         in_vocabulary(&name, &text, model.vocab_size)?;
         found.push(Source {
             name,
-            text: Tokens::whole(Store::Bytes(text)),
-            boundaries,
+            text: Text {
+                tokens: Tokens::whole(Store::Bytes(text)),
+                boundaries,
+            },
             sequence_length: model.sequence_length,
         });
     }
@@ -116,15 +104,11 @@ fn any(
     if !found.is_empty() {
         return Ok((found, left_out));
     }
-    Err(Error::invalid(
-        "data",
-        format!(
-            "a source of more than {} tokens, one sequence and the token after it",
-            model.sequence_length
-        ),
-        format!("{} shorter ones", left_out.short.len()),
-        "add text",
-    ))
+    let length = model.sequence_length;
+    let expected =
+        format!("a source of more than {length} tokens, one sequence and the token after it");
+    let got = format!("{} shorter ones", left_out.short.len());
+    Err(Error::invalid("data", expected, got, "add text"))
 }
 
 /// Returns the sources of folders of tokens: the [`MOST`] sources with the most held-out tokens.
@@ -137,7 +121,7 @@ fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, 
         for document in &part.documents {
             let name = &part.sources[document.source as usize];
             let (text, lengths) = by_name.entry(name.clone()).or_default();
-            text.append(&part.validation, begin..document.end);
+            text.append(&part.validation.tokens, begin..document.end);
             lengths.push((document.end - begin) as usize);
             begin = document.end;
         }
@@ -146,11 +130,13 @@ fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, 
     let (long, short): (Vec<_>, Vec<_>) = by_name
         .into_iter()
         .partition(|(_, (text, _))| text.len() > length as u64);
-    let sources = long.into_iter().map(|(name, (text, lengths))| Source {
-        name,
-        text,
-        boundaries: (config.document_boundaries).then(|| Boundaries::of_lengths(lengths)),
-        sequence_length: length,
+    let sources = long.into_iter().map(|(name, (tokens, lengths))| {
+        let boundaries = (config.document_boundaries).then(|| Boundaries::of_lengths(lengths));
+        Source {
+            name,
+            text: Text { tokens, boundaries },
+            sequence_length: length,
+        }
     });
     let mut found: Vec<Source> = sources.collect();
     found.sort_by_key(|s| std::cmp::Reverse(s.text.len()));
@@ -180,13 +166,11 @@ fn runs(documents: Vec<String>, what: &str) -> Vec<(String, Vec<String>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Layers};
+    use crate::config::Config;
     use std::fs;
 
     fn of(source: &Path, length: usize) -> Result<(Vec<Source>, LeftOut)> {
-        let mut layers = Layers::preset("tiny");
-        layers.set = vec![format!("model.sequence_length={length}")];
-        let mut config = Config::load(&layers, &|_| Ok(())).unwrap();
+        let mut config = Config::tiny(&[&format!("model.sequence_length={length}")]);
         config.data.source = source.display().to_string();
         sources(&config.data, &config.model)
     }
@@ -222,9 +206,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         fs::write(&path, "aa\n\n\nbbbbbbbbbb").unwrap();
-        let mut layers = Layers::preset("tiny");
-        layers.set = vec!["model.sequence_length=8".into()];
-        let mut config = Config::load(&layers, &|_| Ok(())).unwrap();
+        let mut config = Config::tiny(&["model.sequence_length=8"]);
         config.data.source = folder.path().display().to_string();
         fs::write(folder.path().join("b.txt"), "cc\n\n\ndddddddddd").unwrap();
         let first_key = |config: &Config| {
@@ -252,7 +234,7 @@ mod tests {
         );
         let text = |source: &Source| -> Vec<u8> {
             let mut tokens = Vec::new();
-            source.text.copy(0..source.text.len(), &mut tokens);
+            source.text.tokens.copy(0..source.text.len(), &mut tokens);
             tokens.iter().map(|t| *t as u8).collect()
         };
         let all: Vec<Vec<u8>> = found.iter().map(text).collect();

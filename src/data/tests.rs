@@ -1,28 +1,34 @@
 //! Tests of the corpus.
 
 use super::*;
-use crate::config::{Config, Layers};
+use crate::config::Config;
 use std::fs;
 use std::path::Path;
-
-fn model(set: &[&str]) -> Config {
-    let mut layers = Layers::preset("tiny");
-    layers.set = set.iter().map(|s| s.to_string()).collect();
-    Config::load(&layers, &|_| Ok(())).unwrap()
-}
 
 fn load(config: &Config) -> Result<Corpus> {
     Corpus::load(&config.data, &config.model, config.train.seed)
 }
 
 fn from(source: &Path, set: &[&str]) -> Result<Corpus> {
-    let mut config = model(set);
+    let mut config = Config::tiny(set);
     config.data.source = source.display().to_string();
     load(&config)
 }
 
+/// The corpus of one file with this text.
+fn of_text(text: &str, set: &[&str]) -> Corpus {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    fs::write(&path, text).unwrap();
+    from(&path, set).unwrap()
+}
+
 fn documents(corpus: &Corpus) -> [u64; 2] {
     corpus.counts().map(|c| c.documents)
+}
+
+fn bytes(tokens: &[i32]) -> Vec<u8> {
+    tokens.iter().map(|t| *t as u8).collect()
 }
 
 /// The training and the validation text.
@@ -30,8 +36,8 @@ fn texts(corpus: &Corpus) -> [Vec<u8>; 2] {
     let part = &corpus.parts[0];
     [&part.train, &part.validation].map(|side| {
         let mut tokens = Vec::new();
-        side.copy(0..side.len(), &mut tokens);
-        tokens.iter().map(|t| *t as u8).collect()
+        side.tokens.copy(0..side.len(), &mut tokens);
+        bytes(&tokens)
     })
 }
 
@@ -46,7 +52,7 @@ fn letters(n: usize, length: usize) -> String {
 
 #[test]
 fn the_embedded_corpus_is_complete_and_split_by_documents() {
-    let corpus = load(&model(&[])).unwrap();
+    let corpus = load(&Config::tiny(&[])).unwrap();
     assert_eq!(documents(&corpus), [221, 12]);
     let [train, validation] = corpus.counts().map(|c| c.bytes as usize);
     // The separator between the two sides is not part of either.
@@ -57,10 +63,7 @@ fn the_embedded_corpus_is_complete_and_split_by_documents() {
 
 #[test]
 fn no_document_is_on_both_sides() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.txt");
-    fs::write(&path, letters(20, 300)).unwrap();
-    let corpus = from(&path, &["data.validation_fraction=0.2"]).unwrap();
+    let corpus = of_text(&letters(20, 300), &["data.validation_fraction=0.2"]);
     assert_eq!(documents(&corpus), [16, 4]);
     let inside = |side: &[u8]| -> Vec<u8> {
         let mut found: Vec<u8> = side.iter().copied().filter(|b| *b != b'\n').collect();
@@ -73,7 +76,7 @@ fn no_document_is_on_both_sides() {
 
 #[test]
 fn a_step_reads_the_same_sequences_for_any_division() {
-    let corpus = load(&model(&[])).unwrap();
+    let corpus = load(&Config::tiny(&[])).unwrap();
     let whole = corpus.sequences(32..48).tokens;
     let parts: Vec<i32> = [32..36, 36..40, 40..47, 47..48]
         .into_iter()
@@ -81,19 +84,16 @@ fn a_step_reads_the_same_sequences_for_any_division() {
         .collect();
     assert_eq!(whole.len(), 16 * 257);
     assert_eq!(whole, parts);
-    let mut other = model(&[]);
+    let mut other = Config::tiny(&[]);
     other.train.seed = 1;
     assert_ne!(load(&other).unwrap().sequences(32..48).tokens, whole);
 }
 
 #[test]
 fn an_epoch_predicts_almost_every_training_byte_once() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.txt");
     let text: String = (0..5000u32).map(|i| format!("{i:05}\n")).collect();
     let text = text[..15_000].to_string() + DOCUMENT_END + &text[15_000..];
-    fs::write(&path, text).unwrap();
-    let corpus = from(&path, &["model.sequence_length=64"]).unwrap();
+    let corpus = of_text(&text, &["model.sequence_length=64"]);
     let n = (texts(&corpus)[0].len() - 64) / 64;
     let tokens = corpus.sequences(0..n as u64).tokens;
     let mut targets: Vec<&[i32]> = tokens.chunks(65).map(|w| &w[1..]).collect();
@@ -104,16 +104,12 @@ fn an_epoch_predicts_almost_every_training_byte_once() {
 
 #[test]
 fn evaluation_windows_cover_the_validation_text() {
-    let corpus = load(&model(&[])).unwrap();
-    let Batch {
-        tokens,
-        sequences: n,
-        ..
-    } = corpus.evaluation(0);
-    assert_eq!(tokens.len(), n * 257);
-    let targets: Vec<u8> = tokens
-        .chunks(257)
-        .flat_map(|w| w[1..].iter().map(|t| *t as u8))
+    let corpus = load(&Config::tiny(&[])).unwrap();
+    let all = corpus.evaluation(0);
+    let n = all.sequences;
+    assert_eq!(all.tokens.len(), n * 257);
+    let targets: Vec<u8> = (all.tokens.chunks(257))
+        .flat_map(|w| bytes(&w[1..]))
         .collect();
     let validation = &texts(&corpus)[1];
     assert_eq!(targets, validation[1..=n * 256]);
@@ -125,13 +121,10 @@ fn evaluation_windows_cover_the_validation_text() {
 
 #[test]
 fn the_end_of_a_single_document_is_held_out_without_cutting_a_character() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.txt");
     let text = "one line\n\né of another\n\n".repeat(400);
-    fs::write(&path, &text).unwrap();
-    let corpus = from(&path, &["data.validation_fraction=0.0501"]).unwrap();
+    let corpus = of_text(&text, &["data.validation_fraction=0.0501"]);
     assert!(corpus.is_one_document());
-    assert!(!load(&model(&[])).unwrap().is_one_document());
+    assert!(!load(&Config::tiny(&[])).unwrap().is_one_document());
     let [train, validation] = texts(&corpus).map(|side| String::from_utf8(side).unwrap());
     assert_eq!(train.clone() + &validation, text);
     let share = validation.len() as f64 / text.len() as f64;
@@ -140,39 +133,25 @@ fn the_end_of_a_single_document_is_held_out_without_cutting_a_character() {
 
 #[test]
 fn the_validation_windows_predict_every_token_but_the_first_once() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.txt");
     // 105 validation tokens in windows of 10: ten windows, and one for the last four tokens that begins earlier.
-    fs::write(&path, "abcdefg".repeat(300)).unwrap();
     let set = ["model.sequence_length=10", "data.validation_fraction=0.05"];
-    let corpus = from(&path, &set).unwrap();
+    let corpus = of_text(&"abcdefg".repeat(300), &set);
     let count = |most: usize| -> u64 {
         let windows = corpus.validation(most).into_iter();
-        windows
-            .flat_map(|w| corpus.shares(w))
-            .map(|s| s.tokens)
-            .sum()
+        let shares = windows.flat_map(|w| corpus.shares(w));
+        shares.map(|s| s.tokens).sum()
     };
     assert_eq!(corpus.counts()[1].tokens, 105);
     assert_eq!([0, 11, 10, 3].map(count), [104, 104, 100, 30]);
     let last = corpus.validation(0).pop().unwrap();
     assert_eq!(last.repeated(), 6);
     let [_, text] = texts(&corpus);
-    let tokens: Vec<u8> = corpus
-        .read(&[last])
-        .tokens
-        .iter()
-        .map(|t| *t as u8)
-        .collect();
-    assert_eq!(tokens, text[94..]);
+    assert_eq!(bytes(&corpus.read(&[last]).tokens), text[94..]);
 }
 
 #[test]
 fn the_shortest_text_has_one_window() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.txt");
-    fs::write(&path, letters(2, 2)).unwrap();
-    let corpus = from(&path, &["model.sequence_length=1"]).unwrap();
+    let corpus = of_text(&letters(2, 2), &["model.sequence_length=1"]);
     assert_eq!(corpus.sequences(0..2).tokens, [97, 97, 97, 97]);
     assert_eq!(corpus.evaluation(0).tokens, [98, 98]);
 }
@@ -211,63 +190,61 @@ fn folders_are_read_in_the_order_of_their_paths_and_may_be_compressed() {
 #[test]
 fn the_error_for_bad_text_names_the_file_and_the_fault() {
     let dir = tempfile::tempdir().unwrap();
-    let write = |name: &str, bytes: &[u8]| {
-        let path = dir.path().join(name);
-        fs::write(&path, bytes).unwrap();
-        path
-    };
-    let error = |path: &Path, set: &[&str]| match from(path, set) {
-        Ok(_) => panic!("{} was accepted", path.display()),
-        Err(e) => e.to_string(),
-    };
-    let has = |e: String, parts: &[&str]| {
+    let refused = |path: &Path, set: &[&str], parts: &[&str]| {
+        let e = from(path, set).err().unwrap().to_string();
         for part in parts {
             assert!(e.contains(part), "no `{part}` in: {e}");
         }
     };
-    has(
-        error(&dir.path().join("none.txt"), &[]),
-        &["none.txt", "check the path"],
-    );
-    has(error(dir.path(), &[]), &["a folder with .txt"]);
-    has(error(&write("0.txt", b""), &[]), &["0.txt", "empty"]);
-    has(
-        error(&write("1.txt", b" \n\n\n \n"), &[]),
-        &["1.txt", "empty"],
-    );
-    has(
-        error(&write("2.txt", b"caf\xc3\xa9 caf\xe9."), &[]),
-        &["2.txt", "UTF-8", "offset 9"],
-    );
-    has(
-        error(&write("3.txt", "x".repeat(900).as_bytes()), &[]),
-        &["validation text of more than 256", "got 45"],
-    );
-    has(
-        error(&write("4.txt", letters(4, 20).as_bytes()), &[]),
-        &["256 tokens", "sequence_length"],
-    );
-    has(
-        error(
-            &write("5.txt", letters(4, 300).as_bytes()),
-            &["model.vocab_size=99"],
-        ),
-        &["vocab_size = 99", "byte 100 at offset 606"],
-    );
+    let none = dir.path().join("none.txt");
+    refused(&none, &[], &["none.txt", "check the path"]);
+    refused(dir.path(), &[], &["a folder with .txt"]);
+    let small = ["model.vocab_size=99"];
     let cut = &include_bytes!("../../data/embedded/sotu.txt.zst")[..100_000];
-    has(
-        error(&write("6.txt.zst", cut), &[]),
-        &["6.txt.zst", "cut-off"],
-    );
-    has(
-        error(&write("7.txt.zst", b"not zstd"), &[]),
-        &["7.txt.zst", "header"],
-    );
+    let (run, short, long) = ("x".repeat(900), letters(4, 20), letters(4, 300));
+    let separated = ["data.document_separator=---"];
+    let cases: [(&str, &[u8], &[&str], &[&str]); 9] = [
+        ("0.txt", b"", &[], &["0.txt", "empty"]),
+        ("1.txt", b" \n\n\n \n", &[], &["1.txt", "empty"]),
+        (
+            "2.txt",
+            b"caf\xc3\xa9 caf\xe9.",
+            &[],
+            &["2.txt", "UTF-8", "offset 9"],
+        ),
+        (
+            "3.txt",
+            run.as_bytes(),
+            &[],
+            &["validation text of more than 256", "got 45"],
+        ),
+        (
+            "4.txt",
+            short.as_bytes(),
+            &[],
+            &["256 tokens", "sequence_length"],
+        ),
+        (
+            "5.txt",
+            long.as_bytes(),
+            &small,
+            &["vocab_size = 99", "byte 100 at offset 606"],
+        ),
+        ("6.txt.zst", cut, &[], &["6.txt.zst", "cut-off"]),
+        ("7.txt.zst", b"not zstd", &[], &["7.txt.zst", "header"]),
+        // Separators, and no document between them.
+        ("8.txt", b"---\n---", &separated, &["256 tokens", "got 0"]),
+    ];
+    for (name, content, set, parts) in cases {
+        let path = dir.path().join(name);
+        fs::write(&path, content).unwrap();
+        refused(&path, set, parts);
+    }
 }
 
 #[test]
 fn prefetched_batches_equal_directly_read_ones_from_any_start() {
-    let corpus = std::sync::Arc::new(load(&model(&[])).unwrap());
+    let corpus = std::sync::Arc::new(load(&Config::tiny(&[])).unwrap());
     for first in [0, 3, 1000] {
         let read = corpus.clone();
         let steps = first..first + 20;
@@ -282,24 +259,19 @@ fn prefetched_batches_equal_directly_read_ones_from_any_start() {
 
 #[test]
 fn a_batch_holds_the_beginnings_of_documents_on_request() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.txt");
-    fs::write(&path, letters(20, 11)).unwrap();
     let set = [
         "model.sequence_length=24",
         "data.validation_fraction=0.3",
         "data.document_boundaries=true",
     ];
-    let corpus = from(&path, &set).unwrap();
-    assert_eq!(
-        from(&path, &set[..2]).unwrap().sequences(0..4).first_key,
-        None
-    );
+    let text = letters(20, 11);
+    let corpus = of_text(&text, &set);
+    assert_eq!(of_text(&text, &set[..2]).sequences(0..4).first_key, None);
     for batch in [corpus.sequences(0..9), corpus.evaluation(0)] {
         for sequences in batch.chunks(1) {
             assert_eq!(sequences.length().unwrap(), 24);
             // Each document is a run of one letter, followed by the separator.
-            let tokens: Vec<u8> = sequences.tokens.iter().map(|t| *t as u8).collect();
+            let tokens = bytes(sequences.tokens);
             let mut begin = 0;
             for (row, first) in sequences.first_key.unwrap().iter().enumerate() {
                 if row > 0 && tokens[row - 1] == b'\n' && tokens[row] != b'\n' {

@@ -20,20 +20,18 @@ pub(super) fn read(config: &DataConfig) -> Result<Vec<String>> {
 
 /// Returns the files of `config.source`, in order, each with its documents.
 pub(super) fn read_files(config: &DataConfig) -> Result<Vec<(PathBuf, Vec<String>)>> {
-    let mut found = Vec::new();
     if config.source == "embedded" {
-        let name = Path::new("embedded corpus.zst");
-        let mut documents = Vec::new();
-        let text = utf8(name, decompress(name, EMBEDDED)?)?;
-        split(&text, name, config, &mut documents)?;
-        return Ok(vec![(name.into(), documents)]);
+        let name = PathBuf::from("embedded corpus.zst");
+        let text = utf8(&name, decompress(&name, EMBEDDED)?)?;
+        let documents = split(&text, &name, config)?;
+        return Ok(vec![(name, documents)]);
     }
-    for path in files(Path::new(&config.source))? {
-        let mut documents = Vec::new();
-        split(&read_text(&path)?, &path, config, &mut documents)?;
-        found.push((path, documents));
-    }
-    Ok(found)
+    let read = |path: PathBuf| {
+        let documents = split(&read_text(&path)?, &path, config)?;
+        Ok((path, documents))
+    };
+    let paths = files(Path::new(&config.source))?;
+    paths.into_iter().map(read).collect()
 }
 
 /// Returns the file itself, or the text files in a folder and its subfolders sorted by path.
@@ -106,32 +104,22 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
 
 fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| {
-        Error::file(
-            path,
-            "UTF-8 text",
-            format!(
-                "a byte that is not UTF-8 at offset {}",
-                e.utf8_error().valid_up_to()
-            ),
-            "convert the file, for example with iconv",
-        )
+        let place = e.utf8_error().valid_up_to();
+        let got = format!("a byte that is not UTF-8 at offset {place}");
+        let help = "convert the file, for example with iconv";
+        Error::file(path, "UTF-8 text", got, help)
     })
 }
 
-fn split(text: &str, path: &Path, config: &DataConfig, documents: &mut Vec<String>) -> Result<()> {
+fn split(text: &str, path: &Path, config: &DataConfig) -> Result<Vec<String>> {
     if text.trim().is_empty() {
-        return Err(Error::file(
-            path,
-            "text",
-            "an empty file",
-            "remove it, or name another file",
-        ));
+        let help = "remove it, or name another file";
+        return Err(Error::file(path, "text", "an empty file", help));
     }
     if config.document_separator.is_empty() {
-        documents.push(text.to_owned());
-    } else {
-        let parts = text.split(&config.document_separator);
-        documents.extend(parts.filter(|d| !d.trim().is_empty()).map(str::to_owned));
+        return Ok(vec![text.to_owned()]);
     }
-    Ok(())
+    let parts = text.split(&config.document_separator);
+    let parts = parts.filter(|d| !d.trim().is_empty());
+    Ok(parts.map(str::to_owned).collect())
 }

@@ -2,7 +2,7 @@
 
 use super::Collective;
 use std::cell::RefCell;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What the rank of this process is doing; its heartbeats contain it.
 static PROCESS: Mutex<Activity> = Mutex::new(Activity::NONE);
@@ -34,8 +34,7 @@ impl Activity {
 
     /// Returns what the rank of this process is doing.
     pub fn of_process() -> Self {
-        let activity = PROCESS.lock().unwrap_or_else(PoisonError::into_inner);
-        activity.clone()
+        process().clone()
     }
 }
 
@@ -63,20 +62,21 @@ pub fn at(dist: &dyn Collective, part: impl FnOnce() -> String) {
         0 => part,
         _ => format!("{what}, {part}"),
     };
-    set(Own { what, main });
-}
-
-fn set(own: Own) {
-    let mut process = PROCESS.lock().unwrap_or_else(PoisonError::into_inner);
-    process.what.clone_from(&own.what);
-    OWN.set(own);
+    process().what.clone_from(&what);
+    OWN.set(Own { what, main });
 }
 
 fn begin(what: String, alone: bool) {
+    *process() = Activity {
+        what: what.clone(),
+        alone,
+    };
     let main = what.len();
-    set(Own { what, main });
-    let mut process = PROCESS.lock().unwrap_or_else(PoisonError::into_inner);
-    process.alone = alone;
+    OWN.set(Own { what, main });
+}
+
+fn process() -> MutexGuard<'static, Activity> {
+    PROCESS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Calls `read` with what the rank of this thread is doing.

@@ -46,12 +46,8 @@ impl Call {
 
     pub fn to_bytes(&self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
-        for (to, number) in bytes
-            .chunks_mut(8)
-            .zip([self.ordinal, self.kind, self.count])
-        {
-            to.copy_from_slice(&number.to_le_bytes());
-        }
+        let numbers = [self.ordinal, self.kind, self.count].map(u64::to_le_bytes);
+        bytes[..24].copy_from_slice(numbers.as_flattened());
         let words = self.what.as_bytes();
         let n = words.len().min(WORDS);
         bytes[24..24 + n].copy_from_slice(&words[..n]);
@@ -108,11 +104,7 @@ impl Call {
         let Some(first) = calls.next() else {
             return Ok(());
         };
-        let Some((rank, other)) = calls
-            .zip(1..)
-            .find(|(c, _)| !c.matches(&first))
-            .map(|(c, r)| (r, c))
-        else {
+        let Some((other, rank)) = calls.zip(1..).find(|(call, _)| !call.matches(&first)) else {
             return Ok(());
         };
         Err(Error::invalid(

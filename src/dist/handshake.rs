@@ -50,12 +50,11 @@ pub(super) fn random() -> Result<Key> {
 /// Returns the digest with which an end of a connection proves that it knows the key.
 fn proof(key: &Key, end: u8, nonces: [&[u8]; 2], rank: u64, size: u64) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new_keyed(key);
-    hasher.update(&[end]);
-    nonces.iter().for_each(|nonce| {
-        hasher.update(nonce);
-    });
-    hasher.update(&rank.to_le_bytes());
-    hasher.update(&size.to_le_bytes());
+    let [first, second] = nonces;
+    let numbers = [rank, size].map(u64::to_le_bytes);
+    for part in [&[end][..], first, second, numbers.as_flattened()] {
+        hasher.update(part);
+    }
     hasher.finalize()
 }
 
@@ -133,7 +132,7 @@ impl Acceptor {
         let (theirs, claimed) = (&heard[16..48], &heard[48..]);
         let nonces = [&nonce[..], theirs];
         // Hashes are compared in constant time.
-        let known = proof(&self.key, CONNECTING, nonces, rank, size) == *slice_32(claimed);
+        let known = proof(&self.key, CONNECTING, nonces, rank, size) == *claimed;
         let place = (rank as usize)
             .checked_sub(1)
             .and_then(|i| found.get_mut(i));
@@ -174,10 +173,6 @@ impl Acceptor {
             "check that they have started, and that their hosts can connect to the host of rank 0 by TCP; --rank-timeout gives more time",
         )
     }
-}
-
-fn slice_32(bytes: &[u8]) -> &[u8; 32] {
-    bytes.first_chunk().unwrap_or(&[0; 32])
 }
 
 fn number(bytes: &[u8]) -> u64 {
@@ -308,7 +303,7 @@ fn attempt(
     let mut answer = [0; ANSWER];
     stream.read_exact(&mut answer)?;
     let refusal = match answer[0] {
-        ACCEPTED if proof(key, LISTENING, nonces, rank, size) == *slice_32(&answer[1..]) => {
+        ACCEPTED if proof(key, LISTENING, nonces, rank, size) == answer[1..] => {
             stream.set_read_timeout(None)?;
             return Ok(Ok(stream));
         }

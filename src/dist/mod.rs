@@ -23,13 +23,13 @@ pub use device::{DeviceRanks, Part};
 pub use start::{
     Launcher, Ranks, conclude, describe, groups, launcher, launcher_size, start, threads,
 };
+pub(crate) use sums::lost;
 pub use sums::{agree, any, same_on_all, shared};
 pub use threads::ThreadRank;
 
 use crate::device::{Memory, Span};
 use crate::error::{Error, Result};
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// One rank of a run, and its calls to communicate with the other ranks.
@@ -194,88 +194,6 @@ pub trait Collective: Send + Sync {
         }
         let first = sequences.start + self.rank() as u64 * (count / ranks);
         Ok(first..first + count / ranks)
-    }
-}
-
-impl Collective for Arc<dyn Collective> {
-    fn rank(&self) -> usize {
-        (**self).rank()
-    }
-
-    fn size(&self) -> usize {
-        (**self).size()
-    }
-
-    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
-        (**self).all_gather(own, all)
-    }
-
-    fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
-        (**self).exchange(own, all)
-    }
-
-    fn all_gather_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
-        (**self).all_gather_owned(own, all)
-    }
-
-    fn exchange_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
-        (**self).exchange_owned(own, all)
-    }
-
-    fn barrier(&self) -> Result<()> {
-        (**self).barrier()
-    }
-
-    fn leave(&self, why: &str) {
-        (**self).leave(why);
-    }
-
-    fn failure_within(&self, most: Duration) -> Option<String> {
-        (**self).failure_within(most)
-    }
-
-    fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {
-        (**self).all_gather_on(own, all)
-    }
-
-    fn exchange_on(&self, parts: &[Part]) -> Result<()> {
-        (**self).exchange_on(parts)
-    }
-
-    fn compare_device_call(&self, kind: Kind, count: usize) -> Result<()> {
-        (**self).compare_device_call(kind, count)
-    }
-
-    fn finished(&self) {
-        (**self).finished();
-    }
-
-    fn begin_device_step(&self) {
-        (**self).begin_device_step();
-    }
-
-    fn await_device(&self, waiting: bool) {
-        (**self).await_device(waiting);
-    }
-
-    fn trust_device_calls(&self) {
-        (**self).trust_device_calls();
-    }
-
-    fn shares_process(&self) -> bool {
-        (**self).shares_process()
-    }
-
-    fn ranks_per_node(&self) -> usize {
-        (**self).ranks_per_node()
-    }
-
-    fn device_library(&self) -> Option<String> {
-        (**self).device_library()
-    }
-
-    fn sum(&self, values: &mut [f64]) -> Result<()> {
-        (**self).sum(values)
     }
 }
 

@@ -1,11 +1,12 @@
 //! Ranks that are processes. Their calls are compared and have a time limit, with any transport.
 
-use super::Collective;
 use super::call::{Call, Kind};
 use super::handshake::{self, Acceptor, Key};
 use super::hub::{Hub, Meeting, Member, ranks_per_node};
+use super::{Collective, lost};
 use crate::device::Memory;
 use crate::error::{Error, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::mem;
 use std::net::{Ipv4Addr, TcpListener};
@@ -23,6 +24,24 @@ const POLL_SLEEP: Duration = Duration::from_micros(20);
 const LONG_POLL_SLEEP: Duration = Duration::from_micros(500);
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// The two ways in which a [`Transport`] moves bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Transfer {
+    /// See [`Collective::all_gather`].
+    AllGather,
+    /// See [`Collective::exchange`].
+    Exchange,
+}
+
+impl From<Transfer> for Kind {
+    fn from(transfer: Transfer) -> Self {
+        match transfer {
+            Transfer::AllGather => Kind::AllGather,
+            Transfer::Exchange => Kind::Exchange,
+        }
+    }
+}
+
 /// Transfers bytes between processes. Calls are made one at a time, with the same number of bytes on every rank; after
 /// a failed call there are no further calls.
 pub(super) trait Transport: Send + Sync {
@@ -33,43 +52,30 @@ pub(super) trait Transport: Send + Sync {
     /// Returns the name and version of the transport.
     fn name(&self) -> &str;
 
-    /// See [`Collective::all_gather`].
+    /// See [`Collective::all_gather`] and [`Collective::exchange`].
     ///
     /// # Errors
     /// Returns an error when a rank is lost, and the errors of `waiting`.
-    fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
-
-    /// See [`Collective::exchange`].
-    ///
-    /// # Errors
-    /// Returns the errors of [`all_gather`](Self::all_gather).
-    fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
+    fn transfer(
+        &self,
+        kind: Transfer,
+        own: &[u8],
+        all: &mut [u8],
+        waiting: &mut Waiting,
+    ) -> Result<()>;
 
     /// See [`Collective::all_gather_owned`].
     ///
     /// # Errors
-    /// Returns the errors of [`all_gather`](Self::all_gather).
-    fn all_gather_owned(
+    /// Returns the errors of [`transfer`](Self::transfer).
+    fn transfer_owned(
         &self,
+        kind: Transfer,
         own: Memory,
         mut all: Memory,
         waiting: &mut Waiting,
     ) -> Result<[Memory; 2]> {
-        self.all_gather(own.bytes(), all.bytes_mut(), waiting)?;
-        Ok([own, all])
-    }
-
-    /// See [`Collective::exchange_owned`].
-    ///
-    /// # Errors
-    /// Returns the errors of [`all_gather`](Self::all_gather).
-    fn exchange_owned(
-        &self,
-        own: Memory,
-        mut all: Memory,
-        waiting: &mut Waiting,
-    ) -> Result<[Memory; 2]> {
-        self.exchange(own.bytes(), all.bytes_mut(), waiting)?;
+        self.transfer(kind, own.bytes(), all.bytes_mut(), waiting)?;
         Ok([own, all])
     }
 
@@ -139,7 +145,7 @@ impl Processes {
             pid: std::process::id(),
             cores: cores(),
         };
-        let members = processes.gather_json(&member)?;
+        let members = gather_json(&processes, &member)?;
         processes.ranks_per_node = ranks_per_node(&members);
         let local = members.iter().all(|m| m.host == members[0].host);
         let (listener, host) = match hub {
@@ -150,15 +156,13 @@ impl Processes {
         let (mut acceptor, mut place) = (None, None);
         if rank == 0 {
             let listener = listener.map_or_else(|| listen(local), Ok)?;
-            let port = listener
-                .local_addr()
-                .map_err(|e| handshake::broken(&e))?
-                .port();
+            let address = listener.local_addr().map_err(|e| handshake::broken(&e))?;
+            let port = address.port();
             let key = handshake::random()?;
             place = Some(Place { port, key });
             acceptor = Some(Acceptor::new(listener, key, size)?);
         }
-        let places: Vec<Option<Place>> = processes.gather_json(&place)?;
+        let places: Vec<Option<Place>> = gather_json(&processes, &place)?;
         let meeting = match (acceptor, places.into_iter().next().flatten()) {
             (Some(acceptor), _) => Meeting::Accept(acceptor),
             (None, Some(Place { port, key })) => Meeting::Connect { host, port, key },
@@ -201,13 +205,6 @@ impl Processes {
         }
     }
 
-    fn gather_json<T: Serialize + for<'a> Deserialize<'a>>(&self, own: &T) -> Result<Vec<T>> {
-        let text = serde_json::to_vec(own).map_err(|_| foreign())?;
-        let all = self.gather_bytes(&text)?;
-        let all = all.iter().map(|t| serde_json::from_slice(t));
-        all.collect::<Result<_, _>>().map_err(|_| foreign())
-    }
-
     pub fn hub(&self) -> Option<&Arc<Hub>> {
         self.hub.get()
     }
@@ -234,7 +231,7 @@ impl Processes {
     /// the bytes with `run`. If `count` is 0, `run` is not called.
     fn call(
         &self,
-        kind: Kind,
+        kind: Transfer,
         count: usize,
         run: impl FnOnce(&dyn Transport, &mut Waiting) -> Result<()>,
     ) -> Result<()> {
@@ -250,7 +247,7 @@ impl Processes {
                 self.calls.fetch_add(1, Ordering::SeqCst)
             }
         };
-        let own = Call::new(ordinal, kind, count);
+        let own = Call::new(ordinal, kind.into(), count);
         let result = self.compare(&own).and_then(|()| match count {
             0 => Ok(()),
             _ => self.waited(run),
@@ -264,9 +261,23 @@ impl Processes {
         result
     }
 
+    /// The same for buffers that the transport owns during the call.
+    fn call_owned(&self, kind: Transfer, own: Memory, all: Memory) -> Result<[Memory; 2]> {
+        let (count, mut buffers) = (own.bytes().len(), [own, all]);
+        self.call(kind, count, |transport, waiting| {
+            let [own, all] = mem::replace(&mut buffers, no_buffers());
+            buffers = transport.transfer_owned(kind, own, all, waiting)?;
+            Ok(())
+        })?;
+        Ok(buffers)
+    }
+
     fn compare(&self, own: &Call) -> Result<()> {
         let mut all = vec![0; Call::BYTES * self.size()];
-        self.waited(|transport, waiting| transport.all_gather(&own.to_bytes(), &mut all, waiting))?;
+        let own = own.to_bytes();
+        self.waited(|transport, waiting| {
+            transport.transfer(Transfer::AllGather, &own, &mut all, waiting)
+        })?;
         Call::compare(&all).map_err(|e| super::shared(self, e))
     }
 
@@ -280,9 +291,7 @@ impl Processes {
         };
         run(&*self.transport, &mut waiting).map_err(|error| {
             // The transport may notice a lost rank first; the hub then finds out which one it is.
-            let failure = self
-                .hub()
-                .and_then(|hub| hub.failure_within(Duration::from_secs(1)));
+            let failure = self.failure_within(Duration::from_secs(1));
             failure.map_or(error, lost)
         })
     }
@@ -299,13 +308,11 @@ impl Processes {
         if patient {
             return Ok(());
         }
+        let (limit, waited) = (self.limit.as_secs_f64(), waited.as_secs_f64());
         Err(Error::invalid(
             "collective call",
-            format!("an answer within {} s", self.limit.as_secs_f64()),
-            format!(
-                "none in {:.0} s, although all ranks are alive",
-                waited.as_secs_f64()
-            ),
+            format!("an answer within {limit} s"),
+            format!("none in {waited:.0} s, although all ranks are alive"),
             "check the network between the hosts; --rank-timeout gives more time",
         ))
     }
@@ -370,15 +377,18 @@ fn listen(local: bool) -> Result<TcpListener> {
     })
 }
 
-/// Returns the error of a run that failed; the rank that reports the failure prints the same text.
-fn lost(text: &str) -> Error {
-    Error::Ranks {
-        text: text.into(),
-        cause: None,
-    }
+/// Returns the values of all ranks, rank 0 first.
+pub(super) fn gather_json<T: Serialize + DeserializeOwned>(
+    dist: &dyn Collective,
+    own: &T,
+) -> Result<Vec<T>> {
+    let text = serde_json::to_vec(own).map_err(|_| foreign())?;
+    let all = dist.gather_bytes(&text)?;
+    let all = all.iter().map(|t| serde_json::from_slice(t));
+    all.collect::<Result<_, _>>().map_err(|_| foreign())
 }
 
-fn foreign() -> Error {
+pub(super) fn foreign() -> Error {
     let help = "start every rank with the same program";
     Error::invalid("ranks", "ranks of this program", "others", help)
 }
@@ -386,9 +396,8 @@ fn foreign() -> Error {
 /// Returns the cores that this process may use, as `/proc` lists them.
 fn cores() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status
-        .lines()
-        .find_map(|l| l.strip_prefix("Cpus_allowed_list:"));
+    let mut lines = status.lines();
+    let line = lines.find_map(|l| l.strip_prefix("Cpus_allowed_list:"));
     line.unwrap_or_default().trim().to_string()
 }
 
@@ -406,8 +415,8 @@ impl Collective for Processes {
             all.copy_from_slice(own);
             return Ok(());
         }
-        self.call(Kind::AllGather, own.len(), |transport, waiting| {
-            transport.all_gather(own, all, waiting)
+        self.call(Transfer::AllGather, own.len(), |transport, waiting| {
+            transport.transfer(Transfer::AllGather, own, all, waiting)
         })
     }
 
@@ -415,29 +424,17 @@ impl Collective for Processes {
         if self.size() == 1 {
             return Ok(());
         }
-        self.call(Kind::Exchange, own.len(), |transport, waiting| {
-            transport.exchange(own, all, waiting)
+        self.call(Transfer::Exchange, own.len(), |transport, waiting| {
+            transport.transfer(Transfer::Exchange, own, all, waiting)
         })
     }
 
     fn all_gather_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
-        let (count, mut buffers) = (own.bytes().len(), [own, all]);
-        self.call(Kind::AllGather, count, |transport, waiting| {
-            let [own, all] = mem::replace(&mut buffers, no_buffers());
-            buffers = transport.all_gather_owned(own, all, waiting)?;
-            Ok(())
-        })?;
-        Ok(buffers)
+        self.call_owned(Transfer::AllGather, own, all)
     }
 
     fn exchange_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
-        let (count, mut buffers) = (own.bytes().len(), [own, all]);
-        self.call(Kind::Exchange, count, |transport, waiting| {
-            let [own, all] = mem::replace(&mut buffers, no_buffers());
-            buffers = transport.exchange_owned(own, all, waiting)?;
-            Ok(())
-        })?;
-        Ok(buffers)
+        self.call_owned(Transfer::Exchange, own, all)
     }
 
     fn failure_within(&self, most: Duration) -> Option<String> {

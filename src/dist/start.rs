@@ -1,11 +1,12 @@
 //! Starts the rank of this process from the environment of its launcher, and ends it.
 
+use super::hub::Member;
 use super::mpi::Mpi;
 use super::mpi::library::VARIABLE;
 use super::processes::Processes;
 use super::tcp::Star;
 use super::tcp::place::{self, Rendezvous};
-use super::{Collective, SingleRank};
+use super::{Collective, SingleRank, lost};
 use crate::device;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
@@ -119,13 +120,8 @@ fn local_rank(read: impl Fn(&str) -> Option<String>, ranks: &Processes) -> Resul
         return Ok(before.filter(|m| Some(&m.host) == own).count());
     };
     text.trim().parse().map_err(|_| {
-        let help = "let the launcher set it";
-        Error::invalid(
-            name,
-            "the number of this process on its host, from 0",
-            text,
-            help,
-        )
+        let expected = "the number of this process on its host, from 0";
+        Error::invalid(name, expected, text, "let the launcher set it")
     })
 }
 
@@ -215,11 +211,10 @@ pub fn threads() -> Option<usize> {
     let world = WORLD.get()?;
     let members = world.hub()?.members();
     let own = &members[world.rank()];
-    let sharing = members
-        .iter()
-        .filter(|m| (&m.host, &m.cores) == (&own.host, &own.cores));
+    let shares = |m: &&Member| (&m.host, &m.cores) == (&own.host, &own.cores);
+    let sharing = members.iter().filter(shares).count();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Some((cores / sharing.count().max(1)).max(1))
+    Some((cores / sharing.max(1)).max(1))
 }
 
 /// Describes the ranks, the hosts and the library, for the first lines of a run's output; none without a launcher.
@@ -233,11 +228,8 @@ pub fn describe() -> Option<String> {
         1 => "one host".into(),
         n => format!("{n} hosts"),
     };
-    Some(format!(
-        "{} ranks on {places}, {}",
-        world.size(),
-        world.wire_name()
-    ))
+    let (size, wire) = (world.size(), world.wire_name());
+    Some(format!("{size} ranks on {places}, {wire}"))
 }
 
 /// Ends the part of this process in the run, after a command with this `result`.
@@ -264,13 +256,7 @@ pub fn conclude(result: Result<()>) -> Result<(), Option<Error>> {
     }
     world.leave(&error.to_string());
     let reports = hub.reports();
-    Err(reports.then(|| match hub.failure() {
-        Some(text) => Error::Ranks {
-            text: text.into(),
-            cause: None,
-        },
-        None => error,
-    }))
+    Err(reports.then(|| hub.failure().map_or(error, lost)))
 }
 
 #[cfg(test)]

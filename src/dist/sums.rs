@@ -90,15 +90,12 @@ pub fn agree<T>(dist: &dyn Collective, own: Result<T>) -> Result<T> {
         return own;
     }
     let text = own.as_ref().err().map(ToString::to_string);
-    let all = dist.gather_bytes(text.as_deref().unwrap_or_default().as_bytes())?;
+    let all = dist.gather_bytes(text.unwrap_or_default().as_bytes())?;
     match all.iter().position(|text| !text.is_empty()) {
         None => own,
         Some(rank) => {
             let text = String::from_utf8_lossy(&all[rank]);
-            Err(Error::Ranks {
-                text: format!("rank {rank}: {text}"),
-                cause: None,
-            })
+            Err(lost(format!("rank {rank}: {text}")))
         }
     }
 }
@@ -114,6 +111,14 @@ pub fn any(dist: &dyn Collective, flag: bool) -> Result<bool> {
     let mut flags = [f64::from(u8::from(flag))];
     dist.sum(&mut flags)?;
     Ok(flags[0] > 0.0)
+}
+
+/// Returns the error of a run that ended for all ranks; the rank that reports it prints the same text.
+pub fn lost(text: impl Into<String>) -> Error {
+    Error::Ranks {
+        text: text.into(),
+        cause: None,
+    }
 }
 
 /// Marks an error that every rank got, so that only one of them reports it.

@@ -43,6 +43,7 @@ use rounded::rounded;
 use rows::Rows;
 use std::cell::{Ref, RefMut};
 use std::rc::Rc;
+use std::sync::Arc;
 use transformer::Transformer;
 
 /// A model: its parameters and its layers.
@@ -64,7 +65,7 @@ impl Model {
         Self::with_router(
             config,
             routers::build(&config.router)?,
-            Box::new(SingleRank),
+            Arc::new(SingleRank),
         )
     }
 
@@ -75,7 +76,7 @@ impl Model {
     pub fn with_router(
         config: &Config,
         router: Box<dyn Router>,
-        dist: Box<dyn Collective>,
+        dist: Arc<dyn Collective>,
     ) -> Result<Self> {
         router.validate(&config.model)?;
         router.validate_device(&config.model, config.train.device)?;
@@ -86,7 +87,7 @@ impl Model {
             config.train.device,
             config.train.seed,
         );
-        let transformer = Transformer::new(&mut layout, config, router, dist.into())?;
+        let transformer = Transformer::new(&mut layout, config, router, dist)?;
         Ok(Model {
             parameters: layout.into_parameters(),
             transformer: Rc::new(transformer),

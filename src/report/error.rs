@@ -151,6 +151,12 @@ impl Error {
         }
     }
 
+    /// Creates an [`Error::Invalid`] for a thread that the operating system cannot start.
+    pub(crate) fn thread(op: &str, expected: &str, source: &std::io::Error) -> Self {
+        let help = "raise the limit of threads (ulimit -u), or end other programs";
+        Self::invalid(op, expected, source.to_string(), help)
+    }
+
     /// Creates an [`Error::File`].
     pub fn file(
         path: impl AsRef<Path>,

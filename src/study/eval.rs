@@ -77,7 +77,7 @@ pub fn load_on(
             };
         }
     };
-    let (mut model, mut state) = found.load_on(change, Box::new(dist.clone()))?;
+    let (mut model, mut state) = found.load_on(change, dist.clone())?;
     if let Err(reason) = possible {
         return Err(Error::usage(
             match default_vectors {
@@ -93,7 +93,7 @@ pub fn load_on(
         state.config.train.dtype = precision;
         let trained = {
             let router = routers::build(&state.config.router)?;
-            let new = Model::with_router(&state.config, router, Box::new(dist.clone()))?;
+            let new = Model::with_router(&state.config, router, dist.clone())?;
             std::mem::replace(&mut model, new)
         };
         model.take_over(&trained)?;

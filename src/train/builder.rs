@@ -108,11 +108,10 @@ impl Builder {
         let data = corpus.fingerprint();
         ranks::check_data(&*dist, &data)?;
         doing("the making of the model");
-        let own = Box::new(dist.clone());
         let mut notes = Vec::new();
         let parts = match &saved {
-            None => anew(self.config, data, own)?,
-            Some(saved) => resume(saved, self.config, data, own, &mut notes)?,
+            None => anew(self.config, data, dist.clone())?,
+            Some(saved) => resume(saved, self.config, data, dist.clone(), &mut notes)?,
         };
         let mut hooks = self.hooks;
         if let Some(run) = &run {
@@ -138,10 +137,8 @@ impl Builder {
             lock = agree(&*dist, own)?;
         }
         trainer.lock = lock;
-        agree(
-            &*dist,
-            trainer.each_hook(|hook, trainer| hook.start(trainer)),
-        )?;
+        let started = trainer.each_hook(|hook, trainer| hook.start(trainer));
+        agree(&*dist, started)?;
         if let Some(run) = &run {
             if !run.resume {
                 ranks::check_folder(&*dist, &run.out)?;
@@ -180,13 +177,13 @@ fn lock_new(out: &Path) -> Result<Option<FolderLock>> {
 /// Returns the hooks of a run with a folder, in call order.
 fn run_hooks(run: &RunOptions) -> Vec<Box<dyn Hook>> {
     let out = &run.out;
-    let mut hooks: Vec<Box<dyn Hook>> = vec![Box::new(Folder(out.clone()))];
-    hooks.extend([
-        Box::new(MetricsLog::new(out)) as Box<dyn Hook>,
+    let mut hooks: Vec<Box<dyn Hook>> = vec![
+        Box::new(Folder(out.clone())),
+        Box::new(MetricsLog::new(out)),
         Box::new(TensorBoard::new(out)),
         Box::new(Progress::default()),
         Box::new(Plots::new(out)),
-    ]);
+    ];
     if run.checkpoints {
         hooks.push(Box::new(Checkpoints::new(out)));
     }
@@ -256,7 +253,7 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
 fn anew(
     config: Config,
     data: String,
-    dist: Box<dyn Collective>,
+    dist: Arc<dyn Collective>,
 ) -> Result<(Model, StepExecutor, TrainerState)> {
     let model = Model::with_router(&config, routers::build(&config.router)?, dist)?;
     let executor = StepExecutor::new(&config.train, &model);
@@ -268,7 +265,7 @@ fn resume(
     saved: &Checkpoint,
     config: Config,
     data: String,
-    dist: Box<dyn Collective>,
+    dist: Arc<dyn Collective>,
     notes: &mut Vec<String>,
 ) -> Result<(Model, StepExecutor, TrainerState)> {
     let device = config.train.device;
@@ -285,7 +282,7 @@ fn resume(
     }
     let mut executor = StepExecutor::new(&config.train, &model);
     checkpoint::load_trainer(saved, &state, &model, &mut executor)?;
-    notes.extend(resume_notes(&state.config, &config, state.step));
+    notes.extend(resume_note(&state.config, &config, state.step));
     state.config = config;
     Ok((model, executor, state))
 }
@@ -344,24 +341,18 @@ fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Resu
     Ok(())
 }
 
-/// Returns notes on how a resumed run differs from the run before.
-fn resume_notes(old: &Config, new: &Config, step: u64) -> Vec<String> {
-    let mut notes = Vec::new();
+/// Returns a note on how a resumed run differs from the run before, if it does.
+fn resume_note(old: &Config, new: &Config, step: u64) -> Option<String> {
     if step == new.train.steps {
-        notes.push(format!(
-            "all {step} steps are done; set a larger --steps to continue"
-        ));
-        return notes;
+        let note = format!("all {step} steps are done; set a larger --steps to continue");
+        return Some(note);
     }
-    if step > 0 {
-        let [was, is] = [old, new].map(|c| learning_rate(&c.train, step.min(c.train.steps - 1)));
-        if was != is {
-            notes.push(format!(
-                "the learning rate of step {} is {is:.2e}, where that of the run until now would be {was:.2e}: other \
-                 train.steps or another schedule",
-                step + 1
-            ));
-        }
-    }
-    notes
+    let [was, is] = [old, new].map(|c| learning_rate(&c.train, step.min(c.train.steps - 1)));
+    (step > 0 && was != is).then(|| {
+        format!(
+            "the learning rate of step {} is {is:.2e}, where that of the run until now would be {was:.2e}: other \
+             train.steps or another schedule",
+            step + 1
+        )
+    })
 }

@@ -43,15 +43,15 @@ impl DataLoader {
         if step >= steps {
             return Ok(self.read(step));
         }
-        if self.prefetch.is_none() {
-            let (corpus, parts, n) = (self.corpus.clone(), self.parts.clone(), self.sequences);
-            let read = move |step| batch(&corpus, &parts, n, step);
-            self.prefetch = Some(Prefetch::new(step..steps, read)?);
-        }
-        Ok(match &mut self.prefetch {
-            Some(prefetch) => prefetch.take(step),
-            None => self.read(step),
-        })
+        let prefetch = match &mut self.prefetch {
+            Some(prefetch) => prefetch,
+            none => {
+                let (corpus, parts, n) = (self.corpus.clone(), self.parts.clone(), self.sequences);
+                let read = move |step| batch(&corpus, &parts, n, step);
+                none.insert(Prefetch::new(step..steps, read)?)
+            }
+        };
+        Ok(prefetch.take(step))
     }
 }
 

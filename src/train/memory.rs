@@ -70,11 +70,8 @@ pub fn available() -> Option<u64> {
         .find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let free = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024;
     let read = |name| {
-        fs::read_to_string(format!("/sys/fs/cgroup/{name}"))
-            .ok()?
-            .trim()
-            .parse::<u64>()
-            .ok()
+        let text = fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
+        text.trim().parse::<u64>().ok()
     };
     let limit =
         read("memory.max").map(|max| max.saturating_sub(read("memory.current").unwrap_or(0)));
@@ -84,11 +81,10 @@ pub fn available() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Layers;
 
     #[test]
     fn tiny_fits_and_the_error_names_both_sizes() {
-        let config = Config::load(&Layers::preset("tiny"), &|_| Ok(())).unwrap();
+        let config = Config::tiny(&[]);
         check(&config, 1).unwrap();
         // 3.7 M parameters of 16 bytes, and about 30 kB for each of 4,096 tokens.
         let least = least(&config, 1);
@@ -100,10 +96,7 @@ mod tests {
 
     #[test]
     fn recomputed_layers_need_less() {
-        let mut layers = Layers::preset("tiny");
-        let plain = Config::load(&layers, &|_| Ok(())).unwrap();
-        layers.set = vec!["train.recompute=true".into()];
-        let recomputed = Config::load(&layers, &|_| Ok(())).unwrap();
-        assert!(least(&recomputed, 1) < least(&plain, 1));
+        let of = |set: &[&str]| least(&Config::tiny(set), 1);
+        assert!(of(&["train.recompute=true"]) < of(&[]));
     }
 }

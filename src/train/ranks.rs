@@ -34,12 +34,8 @@ pub(crate) fn check_alike(dist: &dyn Collective, config: &Config) -> Result<()> 
     }
     let program = format!("{} ({})", version::program(), program_digest());
     let both = |a: &str, b: &str| format!("the programs {a} and {b}");
-    same_on_all(
-        dist,
-        &program,
-        both,
-        "start every rank with the same program",
-    )?;
+    let help = "start every rank with the same program";
+    same_on_all(dist, &program, both, help)?;
     let help = "start every rank with the same arguments and files";
     same_on_all(dist, &config.to_toml()?, first_difference, help)
 }
@@ -49,9 +45,6 @@ pub(crate) fn check_alike(dist: &dyn Collective, config: &Config) -> Result<()> 
 /// # Errors
 /// Returns an error when the ranks read different text.
 pub(crate) fn check_data(dist: &dyn Collective, fingerprint: &str) -> Result<()> {
-    if dist.size() == 1 {
-        return Ok(());
-    }
     let both = |a: &str, b: &str| format!("data with the digests {a} and {b}");
     let help = "give every host the same files of data.source";
     same_on_all(dist, fingerprint, both, help)
@@ -105,8 +98,7 @@ pub(super) fn check_folder(dist: &dyn Collective, out: &Path) -> Result<()> {
     };
     agree(dist, written)?;
     let tokens = dist.gather_bytes(token.as_bytes())?;
-    let seen = fs::read(&path).is_ok_and(|found| found == tokens[0]);
-    let seen = match seen {
+    let seen = match fs::read(&path).is_ok_and(|found| found == tokens[0]) {
         true => Ok(()),
         false => Err(Error::invalid(
             "ranks",
@@ -117,7 +109,7 @@ pub(super) fn check_folder(dist: &dyn Collective, out: &Path) -> Result<()> {
     };
     let seen = agree(dist, seen);
     if dist.rank() == 0 {
-        // If this fails, the file is removed together with the files of interrupted saves.
+        // If this fails, the file stays; the next check replaces it.
         let _ = fs::remove_file(&path);
     }
     seen

@@ -32,15 +32,12 @@ pub fn learning_rate(config: &TrainConfig, step: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Layers};
+    use crate::config::Config;
 
     fn rates(set: &[&str]) -> Vec<f64> {
-        let mut layers = Layers::preset("tiny");
-        layers.set = set.iter().map(|s| s.to_string()).collect();
-        let train = Config::load(&layers, &|_| Ok(())).unwrap().train;
-        (0..train.steps)
-            .map(|step| learning_rate(&train, step))
-            .collect()
+        let train = Config::tiny(set).train;
+        let steps = 0..train.steps;
+        steps.map(|step| learning_rate(&train, step)).collect()
     }
 
     #[test]

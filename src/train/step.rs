@@ -13,7 +13,7 @@ mod shares;
 
 use crate::config::TrainConfig;
 use crate::device::{Device, counters, timeline};
-use crate::dist::{DeviceRanks, at};
+use crate::dist::{DeviceRanks, at, lost};
 use crate::error::{Error, Result};
 use crate::kernels::{launchers, trace};
 use crate::model::batch::Sequences;
@@ -167,10 +167,9 @@ impl StepExecutor {
         give_up: &mut dyn FnMut(usize) -> Result<bool>,
     ) -> Result<Launched> {
         self.agree_on_shares(model, micro_batches)?;
-        model
-            .layer_states_mut()
-            .iter_mut()
-            .for_each(LayerState::forget_pass);
+        let mut states = model.layer_states_mut();
+        states.iter_mut().for_each(LayerState::forget_pass);
+        drop(states);
         self.take_inputs(model, micro_batches)?;
         let settings = self.optimizer.settings(rate, self.clip);
         let possible = self.prepare(model, settings)?;
@@ -227,10 +226,8 @@ impl StepExecutor {
     /// Runs the step by replaying its graph and returns true, or runs it without a graph and returns false if there
     /// is no valid graph.
     fn replayed(&mut self, model: &mut Model, replay: &mut Replay) -> Result<bool> {
-        let (device, shape) = (
-            model.device(),
-            self.inputs.iter().map(Inputs::places).collect(),
-        );
+        let device = model.device();
+        let shape = self.inputs.iter().map(Inputs::places).collect();
         for inputs in &self.inputs {
             inputs.check(model.config().vocab_size)?;
         }
@@ -238,10 +235,9 @@ impl StepExecutor {
         let (several, in_flight) = (self.ranks.is_some(), self.unread > 0);
         let mode = |model: &Model, replay: &Replay| {
             let own = replay.mode(device, &shape);
-            if several {
-                common_mode(model.dist(), own, in_flight)
-            } else {
-                Ok(own)
+            match several {
+                true => common_mode(model.dist(), own, in_flight),
+                false => Ok(own),
             }
         };
         let mut launch = mode(model, replay)?;
@@ -340,10 +336,9 @@ impl StepExecutor {
             match &mut self.device {
                 Some(device) => device.add_losses(&losses, share, m == 0)?,
                 None => {
-                    let parts = losses.parts()?;
-                    sums.iter_mut()
-                        .zip(parts)
-                        .for_each(|(sum, part)| *sum += share * part);
+                    for (sum, part) in sums.iter_mut().zip(losses.parts()?) {
+                        *sum += share * part;
+                    }
                 }
             }
             tape.backward(&losses.total, share, &mut self.gradients)?;
@@ -369,9 +364,9 @@ impl StepExecutor {
             if let Some(ranks) = &self.ranks {
                 at(model.dist(), || "losses and counts".into());
                 device.sum_over_ranks(ranks)?;
-                tally
-                    .as_ref()
-                    .map_or(Ok(()), |tally| tally.sum_over_ranks())?;
+                if let Some(tally) = &tally {
+                    tally.sum_over_ranks()?;
+                }
             }
             let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
             device.update(optimizer, &mut model.parameters, gradients, flags)?;
@@ -407,7 +402,7 @@ impl StepExecutor {
             let results = self.awaited(model, |_, _| readback.wait())?;
             // A replayed step also ends when its transfers were aborted, with wrong sums.
             if let Some(text) = model.dist().failure_within(Duration::ZERO) {
-                return Err(Error::Ranks { text, cause: None });
+                return Err(lost(text));
             }
             return self.report_from(model, &results);
         }
@@ -455,13 +450,12 @@ impl StepExecutor {
         };
         let skipped = first_of_ranks(model, sums[0], norm)?;
         if skipped.is_none() {
-            let scale = if self.clip > 0.0 && norm > self.clip {
-                self.clip / norm
-            } else {
-                1.0
+            let scale = match self.clip > 0.0 && norm > self.clip {
+                true => self.clip / norm,
+                false => 1.0,
             };
-            self.optimizer
-                .update(&mut model.parameters, &self.gradients, rate, scale)?;
+            let (parameters, gradients) = (&mut model.parameters, &self.gradients);
+            self.optimizer.update(parameters, gradients, rate, scale)?;
             if !self.optimizer.shards().is_whole() {
                 let (parameters, dist) = model.parameters_and_dist();
                 at(dist, || "weights".into());

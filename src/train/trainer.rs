@@ -223,10 +223,6 @@ impl Trainer {
         self.console.info(text);
     }
 
-    pub(super) fn console(&self) -> &Console {
-        &self.console
-    }
-
     /// Returns this rank's sequences of the next step to launch.
     pub fn next_batch(&self) -> Batch {
         self.data.read(self.launched)
@@ -354,15 +350,11 @@ impl Trainer {
         let Some(what) = &report.skipped else {
             return Ok(());
         };
-        let (row, most) = (
-            self.state.skipped_in_a_row,
-            self.state.config.train.max_skipped_steps,
-        );
-        let step = self.state.step;
+        let (row, step) = (self.state.skipped_in_a_row, self.state.step);
         self.note(&format!(
             "skipped step {step}: {what} is not finite ({row} skipped in a row)"
         ));
-        if row < most.max(1) {
+        if row < self.state.config.train.max_skipped_steps.max(1) {
             return Ok(());
         }
         Err(Error::NonFinite {
@@ -419,10 +411,8 @@ impl Trainer {
         for (p, moments) in (self.model.parameters.iter()).zip(optimizer.moments()) {
             add(p.name.clone(), &p.value.bytes(0..p.value.elements())?);
             add(format!("first moment of {}", p.name), &all(&moments.first)?);
-            add(
-                format!("second moment of {}", p.name),
-                &all(&moments.second)?,
-            );
+            let second = all(&moments.second)?;
+            add(format!("second moment of {}", p.name), &second);
         }
         for (layer, state) in self.model.layer_states().iter().enumerate() {
             for (name, tensor) in state.tensors() {

@@ -16,6 +16,7 @@ use crate::tape::check::{Case, finite_differences, gradients, normal_numbers};
 use crate::tape::{Tape, Var};
 use crate::verify::device_check::random_batch;
 use crate::verify::fault::Fault;
+use std::sync::Arc;
 
 /// The largest relative error that passes the check.
 pub const TOLERANCE: f64 = 1e-6;
@@ -459,7 +460,7 @@ fn model_case(config: &Config, model: Model) -> Result<Case> {
 /// in place of the router, if there is one.
 fn prepared(config: &Config, surrogate: Option<Surrogate>) -> Result<Model> {
     let mut model = match surrogate {
-        Some(build) => Model::with_router(config, build(&config.router)?, Box::new(SingleRank))?,
+        Some(build) => Model::with_router(config, build(&config.router)?, Arc::new(SingleRank))?,
         None => Model::new(config)?,
     };
     for (i, p) in model.parameters.iter_mut().enumerate() {

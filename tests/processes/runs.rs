@@ -415,7 +415,7 @@ fn benchmark_scores_of_several_ranks_have_the_bytes_of_one() {
     };
     let scores = |ranks: usize| {
         let all = ThreadRank::run(ranks, |rank| {
-            let (model, _) = checkpoint::load_model_on(&found, |_| (), Box::new(rank)).unwrap();
+            let (model, _) = checkpoint::load_model_on(&found, |_| (), Arc::new(rank)).unwrap();
             let tokenizer = Tokenizer::bytes();
             let results = tasks::run(&model, &tokenizer, &benchmarks, &options, None).unwrap();
             (

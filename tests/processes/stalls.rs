@@ -3,7 +3,7 @@
 use crate::common::*;
 use crate::launchers::*;
 use crate::nccl::{calls::train_small, config, stand_in};
-use routegrad::dist::{self, Collective, Ranks, doing, doing_alone};
+use routegrad::dist::{self, Ranks, doing, doing_alone};
 use routegrad::{Error, Trainer};
 use std::process::Command;
 use std::time::Duration;

@@ -74,7 +74,7 @@ struct Rank {
 }
 
 impl Rank {
-    fn new(config: &Config, dist: Box<dyn Collective>) -> Result<Self> {
+    fn new(config: &Config, dist: Arc<dyn Collective>) -> Result<Self> {
         let model = Model::with_router(config, routers::build(&config.router)?, dist)?;
         Ok(Rank {
             trainer: StepExecutor::new(&config.train, &model),
@@ -167,7 +167,7 @@ fn train(
     config: &Config,
     ranks: usize,
     n: u64,
-    wrap: impl Fn(ThreadRank) -> Box<dyn Collective> + Sync,
+    wrap: impl Fn(ThreadRank) -> Arc<dyn Collective> + Sync,
 ) -> Vec<Result<Outcome>> {
     ThreadRank::run(ranks, |rank| {
         let mut rank = Rank::new(config, wrap(rank))?;
@@ -181,7 +181,7 @@ fn train(
 
 /// The same on honest ranks, which all end alike.
 fn trained(config: &Config, ranks: usize, n: u64) -> Outcome {
-    let mut all = train(config, ranks, n, |rank| Box::new(rank)).into_iter();
+    let mut all = train(config, ranks, n, |rank| Arc::new(rank)).into_iter();
     let first = all.next().unwrap().unwrap();
     for (other, rank) in all.zip(1..) {
         let name = &config.router.name;
@@ -195,7 +195,7 @@ fn a_step_that_is_given_up_leaves_no_trace() {
     for config in configs() {
         for ranks in [1, 2] {
             let outcomes = ThreadRank::run(ranks, |rank| {
-                let mut rank = Rank::new(&config, Box::new(rank)).unwrap();
+                let mut rank = Rank::new(&config, Arc::new(rank)).unwrap();
                 for step in 0..STEPS {
                     let tokens = rank.tokens(step, 3).unwrap();
                     let parts: Vec<_> = tokens.iter().map(Batch::all).collect();
@@ -244,7 +244,7 @@ fn one_two_and_four_ranks_train_the_same_model() {
 fn a_group_of_one_is_a_single_rank_to_the_byte() {
     for config in configs() {
         let group = trained(&config, 1, 2);
-        let mut single = Rank::new(&config, Box::new(SingleRank)).unwrap();
+        let mut single = Rank::new(&config, Arc::new(SingleRank)).unwrap();
         for step in 0..STEPS {
             let tokens = single.tokens(step, 2).unwrap();
             single.step(&tokens).unwrap();
@@ -330,7 +330,7 @@ fn calls_of_a_step(config: &Config) -> usize {
     let found = ThreadRank::run(2, |rank| {
         let calls = Arc::new(AtomicUsize::new(0));
         let counted = Counted(rank, calls.clone());
-        let mut rank = Rank::new(config, Box::new(counted)).unwrap();
+        let mut rank = Rank::new(config, Arc::new(counted)).unwrap();
         let tokens = rank.tokens(0, 1).unwrap();
         rank.step(&tokens).unwrap();
         calls.load(Ordering::SeqCst)
@@ -377,7 +377,7 @@ fn no_call_can_be_forgotten_unnoticed() {
         let calls_per_step = calls_of_a_step(&config);
         for forgotten in 0..calls_per_step {
             let outcomes = train(&config, 2, 1, |rank| {
-                Box::new(Forgetful {
+                Arc::new(Forgetful {
                     rank,
                     calls: AtomicUsize::new(0),
                     calls_per_step,
@@ -403,7 +403,7 @@ fn a_nan_on_one_rank_is_refused_by_all_and_leaves_no_trace() {
         let name = &config.router.name;
         let refused = ThreadRank::run(RANKS, |rank| {
             let place = rank.rank();
-            let mut rank = Rank::new(&config, Box::new(rank)).unwrap();
+            let mut rank = Rank::new(&config, Arc::new(rank)).unwrap();
             for step in 0..STEPS {
                 let tokens = rank.tokens(step, 1).unwrap();
                 if step == 1 {
@@ -444,7 +444,7 @@ fn an_error_on_one_rank_ends_the_others_with_an_error() {
     let config = &configs()[0];
     let errors = ThreadRank::run(2, |rank| {
         let place = rank.rank();
-        let mut rank = Rank::new(config, Box::new(rank)).unwrap();
+        let mut rank = Rank::new(config, Arc::new(rank)).unwrap();
         let mut tokens = rank.tokens(0, 1).unwrap();
         if place == 1 {
             tokens[0].tokens[3] = 256;
@@ -460,7 +460,7 @@ fn unequal_shares_are_refused() {
     let config = &configs()[0];
     let errors = ThreadRank::run(2, |rank| {
         let place = rank.rank();
-        let mut rank = Rank::new(config, Box::new(rank)).unwrap();
+        let mut rank = Rank::new(config, Arc::new(rank)).unwrap();
         let tokens = rank.tokens(0, 1 + place as u64).unwrap();
         rank.step(&tokens).unwrap_err().to_string()
     });
@@ -471,7 +471,7 @@ fn unequal_shares_are_refused() {
 
 /// Parameters after some steps of the whole micro-batches, and the numbers of first moments that the rank holds.
 fn trained_with(config: &Config, rank: ThreadRank, sharded: bool) -> (Vec<f64>, usize) {
-    let mut own = Rank::new(config, Box::new(rank)).unwrap();
+    let mut own = Rank::new(config, Arc::new(rank)).unwrap();
     if !sharded {
         let shards = Shards::new(&own.model.parameters, 0, 1);
         own.trainer = StepExecutor::with_shards(&config.train, &own.model, shards);

@@ -2,14 +2,14 @@
 
 use super::Options;
 use super::items::{Counted, Documents};
-use super::lines::{JsonLines, Separated};
+use super::lines::{JsonLines, Parts, Separated};
 use crate::data::compressed::{self, decompressed, plain_name};
 use crate::data::folder::{FORMAT, MANIFEST};
 use crate::data::plain::PlainText;
 use crate::error::{Error, Result};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 /// A file of documents.
@@ -59,11 +59,7 @@ const OTHER_FORMATS: &[&str] = &[
 ];
 
 fn in_other_format(path: &Path) -> bool {
-    let name = path
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .to_lowercase();
+    let name = path.to_string_lossy().to_lowercase();
     OTHER_FORMATS.iter().any(|ending| name.ends_with(ending))
 }
 
@@ -72,14 +68,10 @@ fn refuse_data_in_other_formats(folder: &Path) -> Result<()> {
     let Some(first) = files.first() else {
         return Ok(());
     };
-    let expected = format!("files that end in {}", endings());
+    let (expected, first) = (format!("files that end in {}", endings()), first.display());
     let got = match files.len() {
-        1 => format!("also {}", first.display()),
-        n => format!(
-            "{} and {} more files of other formats",
-            first.display(),
-            n - 1
-        ),
+        1 => format!("also {first}"),
+        n => format!("{first} and {} more files of other formats", n - 1),
     };
     let help = "convert these files, or name each file to read";
     Err(Error::file(folder, expected, got, help))
@@ -140,11 +132,9 @@ pub(super) fn list_all(options: &Options) -> Result<(Vec<Input>, Vec<String>)> {
     let place =
         |input: &Input| fs::canonicalize(&input.path).unwrap_or_else(|_| input.path.clone());
     let (mut seen, mut all, mut left_out) = (BTreeMap::new(), Vec::new(), Vec::new());
-    let held_out = list(&options.validation, true)?;
+    let mut held_out = list(&options.validation, true)?;
     let train = list(&options.inputs, false)?;
-    for input in &held_out {
-        seen.insert(place(input), true);
-    }
+    held_out.retain(|input| seen.insert(place(input), true).is_none());
     for input in train {
         let path = input.path.display();
         match seen.get(&place(&input)) {
@@ -156,12 +146,7 @@ pub(super) fn list_all(options: &Options) -> Result<(Vec<Input>, Vec<String>)> {
             }
         }
     }
-    let mut once = BTreeSet::new();
-    all.extend(
-        held_out
-            .into_iter()
-            .filter(|input| once.insert(place(input))),
-    );
+    all.extend(held_out);
     Ok((all, left_out))
 }
 
@@ -192,12 +177,13 @@ pub(super) fn open(path: &Path, options: &Options) -> Result<Box<dyn Documents>>
     let file = BufReader::with_capacity(1 << 18, counted.clone().of(file));
     let lines = !plain_name(path).ends_with(TEXT);
     let plain = PlainText::new(decompressed(path, file), !lines);
-    let reader: Box<dyn BufRead + Send> = Box::new(BufReader::with_capacity(1 << 18, plain));
+    let reader = Box::new(BufReader::with_capacity(1 << 18, plain));
+    let parts = Parts::new(reader, counted);
     if lines {
-        return Ok(Box::new(JsonLines::new(path, reader, counted, options)?));
+        return Ok(Box::new(JsonLines::new(path, parts, options)?));
     }
     let separator = options.separator.clone();
-    Ok(Box::new(Separated::new(reader, counted, separator)))
+    Ok(Box::new(Separated { parts, separator }))
 }
 
 #[cfg(feature = "text")]

@@ -4,14 +4,10 @@ use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// One item of a file.
+/// One item of a file; its documents are of type `D`: a [`Document`] until it is encoded.
 #[derive(Debug, PartialEq)]
-pub(super) enum Item {
-    Document {
-        text: String,
-        /// The source of the document, if the file names one.
-        source: Option<String>,
-    },
+pub(super) enum Item<D = Document> {
+    Document(D),
     /// A document without text.
     Empty,
     /// `rows` documents that could not be read, and the reason.
@@ -23,7 +19,15 @@ pub(super) enum Item {
     },
 }
 
-impl Item {
+/// A document as it was read.
+#[derive(Debug, PartialEq)]
+pub(super) struct Document {
+    pub text: String,
+    /// The source of the document, if the file names one.
+    pub source: Option<String>,
+}
+
+impl<D> Item<D> {
     /// Returns the number of rows that the item takes in its file.
     pub fn rows(&self) -> u64 {
         match self {
@@ -40,13 +44,28 @@ impl Item {
             rest: false,
         }
     }
+}
 
+impl Item {
     /// A document, or an empty item if the text is only white space.
     pub fn of(text: String, source: Option<String>) -> Self {
         match text.trim().is_empty() {
             true => Item::Empty,
-            false => Item::Document { text, source },
+            false => Item::Document(Document { text, source }),
         }
+    }
+
+    /// The same for a text that has to be UTF-8.
+    pub fn of_utf8(text: Vec<u8>, source: Option<String>) -> Self {
+        String::from_utf8(text).map_or_else(
+            |e| {
+                let place = e.utf8_error().valid_up_to();
+                Item::one_unreadable(format!(
+                    "a byte that is not UTF-8 at offset {place} of the text"
+                ))
+            },
+            |text| Item::of(text, source),
+        )
     }
 }
 
@@ -56,12 +75,15 @@ pub(super) trait Documents: Send {
 
     /// Skips `rows` rows that were read in an earlier process.
     fn skip(&mut self, rows: u64) {
-        let mut passed = 0;
-        while passed < rows {
-            match self.next() {
-                Some(item) => passed = item.rows().saturating_add(passed),
-                None => return,
-            }
+        self.skip_from(0, rows);
+    }
+
+    /// The same if `passed` of these rows were skipped.
+    fn skip_from(&mut self, mut passed: u64, rows: u64) {
+        while passed < rows
+            && let Some(item) = self.next()
+        {
+            passed = item.rows().saturating_add(passed);
         }
     }
 

@@ -11,17 +11,42 @@ use std::fmt;
 use std::io::BufRead;
 use std::path::Path;
 
-type Reader = Box<dyn BufRead + Send>;
+/// The bytes of a file, which are read in parts.
+pub(super) struct Parts {
+    /// None after an error.
+    reader: Option<Box<dyn BufRead + Send>>,
+    counted: Counted,
+}
 
-/// Reads up to and including `end`, or to the end of the file; returns `None` at the end of the file.
-fn read_to(reader: &mut Reader, end: &[u8]) -> std::io::Result<Option<Vec<u8>>> {
+impl Parts {
+    pub fn new(reader: Box<dyn BufRead + Send>, counted: Counted) -> Self {
+        let reader = Some(reader);
+        Parts { reader, counted }
+    }
+
+    /// Reads up to and including `end`, or to the end of the file; returns `None` at the end of the file, and the item of
+    /// what is lost after an error.
+    fn next(&mut self, end: &[u8]) -> Option<Result<Vec<u8>, Item>> {
+        let read = read_to(self.reader.as_mut()?, end).transpose()?;
+        Some(read.map_err(|e| {
+            self.reader = None;
+            Item::Unreadable {
+                rows: 1,
+                what: format!("the rest of the file: {e}"),
+                rest: true,
+            }
+        }))
+    }
+}
+
+fn read_to(reader: &mut impl BufRead, end: &[u8]) -> std::io::Result<Option<Vec<u8>>> {
     let mut buffer = Vec::new();
     match end.last() {
         None => drop(reader.read_to_end(&mut buffer)?),
         Some(last) => {
             while reader.read_until(*last, &mut buffer)? > 0 {
                 if buffer.ends_with(end) {
-                    return Ok(Some(buffer));
+                    break;
                 }
             }
         }
@@ -29,63 +54,28 @@ fn read_to(reader: &mut Reader, end: &[u8]) -> std::io::Result<Option<Vec<u8>>> 
     Ok((!buffer.is_empty()).then_some(buffer))
 }
 
-fn rest_of_file(e: &std::io::Error) -> Item {
-    Item::Unreadable {
-        rows: 1,
-        what: format!("the rest of the file: {e}"),
-        rest: true,
-    }
-}
-
-fn not_utf8(e: std::str::Utf8Error) -> Item {
-    let what = format!(
-        "a byte that is not UTF-8 at offset {} of the text",
-        e.valid_up_to()
-    );
-    Item::one_unreadable(what)
-}
-
-/// Texts with a separator between them.
+/// Texts with a separator between them; with an empty separator the file is one text.
 pub(super) struct Separated {
-    reader: Option<Reader>,
-    counted: Counted,
-    separator: String,
-}
-
-impl Separated {
-    /// With an empty separator the file is one text.
-    pub fn new(reader: Reader, counted: Counted, separator: String) -> Self {
-        Separated {
-            reader: Some(reader),
-            counted,
-            separator,
-        }
-    }
+    pub parts: Parts,
+    pub separator: String,
 }
 
 impl Documents for Separated {
     fn next(&mut self) -> Option<Item> {
         let separator = self.separator.as_bytes();
-        match read_to(self.reader.as_mut()?, separator) {
-            Ok(bytes) => {
-                let mut bytes = bytes?;
-                if !separator.is_empty() && bytes.ends_with(separator) {
-                    bytes.truncate(bytes.len() - separator.len());
+        Some(match self.parts.next(separator)? {
+            Ok(mut text) => {
+                if text.ends_with(separator) {
+                    text.truncate(text.len() - separator.len());
                 }
-                Some(match String::from_utf8(bytes) {
-                    Ok(text) => Item::of(text, None),
-                    Err(e) => not_utf8(e.utf8_error()),
-                })
+                Item::of_utf8(text, None)
             }
-            Err(e) => {
-                self.reader = None;
-                Some(rest_of_file(&e))
-            }
-        }
+            Err(lost) => lost,
+        })
     }
 
     fn consumed(&self) -> u64 {
-        self.counted.get()
+        self.parts.counted.get()
     }
 }
 
@@ -163,24 +153,18 @@ fn without_constants(line: &[u8]) -> Option<Vec<u8>> {
 
 /// Reads a JSON object per line; one of its fields is the text.
 pub(super) struct JsonLines {
-    reader: Option<Reader>,
-    counted: Counted,
+    parts: Parts,
     text_column: String,
     source_column: String,
     /// The first line, which was read to check that it has the text field.
-    first: Option<std::io::Result<Vec<u8>>>,
+    first: Option<Result<Vec<u8>, Item>>,
 }
 
 impl JsonLines {
     /// # Errors
     /// When the first object lacks the required fields.
-    pub fn new(
-        path: &Path,
-        mut reader: Reader,
-        counted: Counted,
-        options: &Options,
-    ) -> Result<Self> {
-        let first = read_to(&mut reader, b"\n").transpose();
+    pub fn new(path: &Path, mut parts: Parts, options: &Options) -> Result<Self> {
+        let first = parts.next(b"\n");
         if let Some(Ok(line)) = &first
             && line.trim_ascii_start().starts_with(b"[")
         {
@@ -198,8 +182,7 @@ impl JsonLines {
             }
         }
         Ok(JsonLines {
-            reader: Some(reader),
-            counted,
+            parts,
             text_column: options.text_column.clone(),
             source_column: options.source_column().to_string(),
             first,
@@ -232,20 +215,14 @@ impl JsonLines {
 impl Documents for JsonLines {
     fn next(&mut self) -> Option<Item> {
         let line = match self.first.take() {
-            Some(first) => first.map(Some),
-            None => read_to(self.reader.as_mut()?, b"\n"),
+            Some(first) => first,
+            None => self.parts.next(b"\n")?,
         };
-        match line {
-            Ok(line) => Some(self.document(&line?)),
-            Err(e) => {
-                self.reader = None;
-                Some(rest_of_file(&e))
-            }
-        }
+        Some(line.map_or_else(|lost| lost, |line| self.document(&line)))
     }
 
     fn consumed(&self) -> u64 {
-        self.counted.get()
+        self.parts.counted.get()
     }
 }
 
@@ -271,23 +248,20 @@ mod tests {
                 "{line}"
             );
         }
-        let deep = format!(
-            r#"{{"x": {}{}, "text": "t"}}"#,
-            "[".repeat(100_000),
-            "]".repeat(100_000)
-        );
-        assert_eq!(
-            fields(deep.as_bytes(), ["text"]).unwrap(),
-            [Some("t".into())]
-        );
+        let (open, close) = ("[".repeat(100_000), "]".repeat(100_000));
+        let deep = format!(r#"{{"x": {open}{close}, "text": "t"}}"#);
+        let found = fields(deep.as_bytes(), ["text"]).unwrap();
+        assert_eq!(found, [Some("t".into())]);
         for broken in [r#"{"text": NaN"#, r#"["text"]"#, r#"{"text": "t"} x"#] {
             assert!(fields(broken.as_bytes(), ["text"]).is_err(), "{broken}");
         }
     }
 
     fn separated(text: &'static str, separator: &str) -> Vec<Item> {
-        let reader: Reader = Box::new(text.as_bytes());
-        let mut found = Separated::new(reader, Counted::default(), separator.into());
+        let mut found = Separated {
+            parts: Parts::new(Box::new(text.as_bytes()), Counted::default()),
+            separator: separator.into(),
+        };
         std::iter::from_fn(|| found.next()).collect()
     }
 

@@ -68,6 +68,14 @@ impl Options {
         self.source_column.as_deref().unwrap_or(SOURCE_COLUMN)
     }
 
+    /// Returns the share of the documents of the inputs that is held out.
+    pub(super) fn fraction(&self) -> f64 {
+        match self.validation.is_empty() {
+            true => self.validation_fraction,
+            false => 0.0,
+        }
+    }
+
     pub(super) fn required_columns(&self) -> impl Iterator<Item = &String> {
         [Some(&self.text_column), self.source_column.as_ref()]
             .into_iter()
@@ -77,20 +85,13 @@ impl Options {
     pub(super) fn validate(&self) -> Result<()> {
         let share = self.validation_fraction;
         if !(0.0..1.0).contains(&share) {
-            return Err(Error::usage(
-                "--validation-fraction",
-                "a number from 0 to below 1",
-                share.to_string(),
-                "give the share of the documents to hold out",
-            ));
+            let (option, expected) = ("--validation-fraction", "a number from 0 to below 1");
+            let help = "give the share of the documents to hold out";
+            return Err(Error::usage(option, expected, share.to_string(), help));
         }
         if self.shard_tokens == 0 {
-            return Err(Error::usage(
-                "--shard-tokens",
-                "at least 1",
-                "0",
-                "leave it out for the default",
-            ));
+            let help = "leave it out for the default";
+            return Err(Error::usage("--shard-tokens", "at least 1", "0", help));
         }
         Ok(())
     }

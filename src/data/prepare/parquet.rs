@@ -16,8 +16,6 @@ use std::path::Path;
 /// Number of rows that are decoded at a time.
 const BATCH: usize = 256;
 
-type Strings = ColumnReaderImpl<ByteArrayType>;
-
 /// The rows of a file.
 pub(super) struct Columns {
     file: SerializedFileReader<File>,
@@ -40,20 +38,22 @@ struct Column {
     optional: bool,
 }
 
+/// The values of a column in a row group.
+struct Strings {
+    reader: ColumnReaderImpl<ByteArrayType>,
+    optional: bool,
+}
+
 struct Group {
     text: Strings,
     source: Option<Strings>,
 }
 
 /// Returns an error for columns whose compression codec this build cannot read, before anything is written.
-fn expect_codecs(
-    path: &Path,
-    file: &SerializedFileReader<File>,
-    columns: impl Iterator<Item = usize> + Clone,
-) -> Result<()> {
+fn expect_codecs(path: &Path, file: &SerializedFileReader<File>, columns: &[Column]) -> Result<()> {
     for group in file.metadata().row_groups() {
-        for column in columns.clone() {
-            let codec = group.column(column).compression();
+        for column in columns {
+            let codec = group.column(column.index).compression();
             if codec == Compression::LZO {
                 let help = "write the file again, for example with pyarrow's write_table(…, compression=\"zstd\")";
                 let expected = "parquet compressed with any codec but LZO, or not at all";
@@ -73,13 +73,9 @@ impl Columns {
             Error::file(path, "a complete parquet file", got, help)
         };
         let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-        let bytes = file
-            .metadata()
-            .map_err(|e| Error::io("read", path, e))?
-            .len();
-        let file = catch_panic(|| SerializedFileReader::new(file).map_err(|e| e.to_string()))
-            .and_then(|opened| opened)
-            .map_err(bad)?;
+        let metadata = file.metadata().map_err(|e| Error::io("read", path, e))?;
+        let bytes = metadata.len();
+        let file = catch_panic(|| SerializedFileReader::new(file)).map_err(bad)?;
         let schema = file.metadata().file_metadata().schema_descr();
         let names: Vec<String> = schema.columns().iter().map(|c| c.path().string()).collect();
         let find = |name: &str| -> Result<Option<Column>> {
@@ -100,14 +96,16 @@ impl Columns {
             Ok(Some(Column { index, optional }))
         };
         let all: Vec<&str> = names.iter().map(String::as_str).collect();
-        for name in options.required_columns() {
-            find(name)?.ok_or_else(|| missing_column(path, name, &all))?;
-        }
-        let name = &options.text_column;
-        let text = find(name)?.ok_or_else(|| missing_column(path, name, &all))?;
-        let source = find(options.source_column())?;
-        let read = [Some(text), source];
-        expect_codecs(path, &file, read.into_iter().flatten().map(|c| c.index))?;
+        let required = |name: &str| -> Result<Column> {
+            find(name)?.ok_or_else(|| missing_column(path, name, &all))
+        };
+        let text = required(&options.text_column)?;
+        let source = match &options.source_column {
+            Some(name) => Some(required(name)?),
+            None => find(options.source_column())?,
+        };
+        let read: Vec<Column> = [Some(text), source].into_iter().flatten().collect();
+        expect_codecs(path, &file, &read)?;
         Ok(Columns {
             bytes,
             text,
@@ -131,17 +129,20 @@ impl Columns {
         let opened = catch_panic(|| {
             let group = file.get_row_group(i).map_err(|e| e.to_string())?;
             let strings = |column: Column| match group.get_column_reader(column.index) {
-                Ok(ColumnReader::ByteArrayColumnReader(reader)) => Ok(reader),
+                Ok(ColumnReader::ByteArrayColumnReader(reader)) => Ok(Strings {
+                    reader,
+                    optional: column.optional,
+                }),
                 Ok(_) => Err("a column of another type".to_string()),
                 Err(e) => Err(e.to_string()),
             };
-            Ok(Group {
+            Ok::<_, String>(Group {
                 text: strings(text)?,
                 source: source.map(strings).transpose()?,
             })
         });
         let rows = self.file.metadata().row_group(i).num_rows().max(0) as u64;
-        match opened.and_then(|group| group) {
+        match opened {
             Ok(group) => self.group = Some((group, rows)),
             Err(e) => self.give_up(rows, &e),
         }
@@ -167,16 +168,15 @@ impl Columns {
             return;
         }
         let n = (left as usize).min(BATCH);
-        let (text, source) = (self.text, self.source);
         let read = catch_panic(|| {
-            let texts = read(&mut group.text, text, n)?;
-            let sources = match (&mut group.source, source) {
-                (Some(reader), Some(column)) => read(reader, column, n)?,
-                _ => vec![None; n],
+            let texts = group.text.read(n)?;
+            let sources = match &mut group.source {
+                Some(column) => column.read(n)?,
+                None => vec![None; n],
             };
             Ok::<_, ParquetError>((texts, sources))
         });
-        match read.and_then(|read| read.map_err(|e| e.to_string())) {
+        match read {
             Ok((texts, sources)) => {
                 self.rows += n as u64;
                 let items = texts.into_iter().zip(sources).map(|(t, s)| item(t, s));
@@ -193,36 +193,25 @@ fn item(text: Option<ByteArray>, source: Option<ByteArray>) -> Item {
         return Item::Empty;
     };
     let source = source.and_then(|s| String::from_utf8(s.data().to_vec()).ok());
-    match String::from_utf8(text.data().to_vec()) {
-        Ok(text) => Item::of(text, source),
-        Err(e) => {
-            let place = e.utf8_error().valid_up_to();
-            let what = format!("a byte that is not UTF-8 at offset {place} of the text");
-            Item::one_unreadable(what)
-        }
-    }
+    Item::of_utf8(text.data().to_vec(), source)
 }
 
-/// Reads the next `n` values of a column.
-fn read(
-    reader: &mut Strings,
-    column: Column,
-    n: usize,
-) -> Result<Vec<Option<ByteArray>>, ParquetError> {
-    let (mut levels, mut values) = (Vec::new(), Vec::new());
-    let (records, ..) = reader.read_records(n, Some(&mut levels), None, &mut values)?;
-    if records != n {
-        let message = format!("expected {n} more values in a column, got {records}");
-        return Err(ParquetError::General(message));
+impl Strings {
+    /// Reads the next `n` values.
+    fn read(&mut self, n: usize) -> Result<Vec<Option<ByteArray>>, ParquetError> {
+        let (mut levels, mut values) = (Vec::new(), Vec::new());
+        let (records, ..) = (self.reader).read_records(n, Some(&mut levels), None, &mut values)?;
+        if records != n {
+            let message = format!("expected {n} more values in a column, got {records}");
+            return Err(ParquetError::General(message));
+        }
+        if !self.optional {
+            return Ok(values.into_iter().map(Some).collect());
+        }
+        let mut values = values.into_iter();
+        let value = |level: &i16| if *level == 1 { values.next() } else { None };
+        Ok(levels.iter().map(value).collect())
     }
-    if !column.optional {
-        return Ok(values.into_iter().map(Some).collect());
-    }
-    let mut values = values.into_iter();
-    Ok(levels
-        .iter()
-        .map(|l| if *l == 1 { values.next() } else { None })
-        .collect())
 }
 
 impl Documents for Columns {
@@ -247,13 +236,7 @@ impl Documents for Columns {
             }
             (self.rows, self.next_group) = (after, self.next_group + 1);
         }
-        let mut passed = self.rows;
-        while passed < rows {
-            match self.next() {
-                Some(item) => passed = item.rows().saturating_add(passed),
-                None => return,
-            }
-        }
+        self.skip_from(self.rows, rows);
     }
 
     fn consumed(&self) -> u64 {

@@ -1,6 +1,7 @@
 //! Writes the shards of a preparation.
 
 use super::Options;
+use super::items::Item;
 use crate::data::folder::{
     Counts, Entry, MANIFEST, Manifest, STATE, Shard, Side, SourceCounts, digest,
 };
@@ -40,9 +41,11 @@ pub(super) struct State {
     pub cut: BTreeSet<usize>,
 }
 
-/// The result of one item.
-pub(super) struct Encoded {
-    pub what: What,
+/// Where an item is from, and the side of its document.
+#[derive(Clone, Copy)]
+pub(super) struct Position {
+    pub side: Side,
+    /// Index of its input.
     pub input: usize,
     /// Where reading continues after the item.
     pub place: Place,
@@ -50,25 +53,13 @@ pub(super) struct Encoded {
     pub consumed: u64,
 }
 
-pub(super) enum What {
-    Document {
-        side: Side,
-        source: String,
-        /// Number of bytes of the text.
-        bytes: u64,
-        /// Number of tokens.
-        count: u64,
-        /// The tokens in the format of the shard.
-        tokens: Vec<u8>,
-        /// Whether the decoded tokens differ from the text.
-        altered: bool,
-    },
-    Empty,
-    Unreadable {
-        rows: u64,
-        what: String,
-        rest: bool,
-    },
+/// A document in the format of a shard.
+pub(super) struct Encoded {
+    pub source: String,
+    pub counts: Counts,
+    pub tokens: Vec<u8>,
+    /// Whether the decoded tokens differ from the text.
+    pub altered: bool,
 }
 
 /// Writes the state of the preparation to the folder.
@@ -93,15 +84,17 @@ pub(super) struct Writer<'a> {
     options: &'a Options,
     progress: &'a Progress,
     state: State,
-    place: Place,
+    /// The position at which reading continues.
+    pub place: Place,
     /// Number of the open shards.
     number: usize,
     open: [Option<OpenShard>; 2],
     /// Indices of the sources, by name.
     sources: HashMap<String, usize>,
-    /// Counts of this process.
-    encoded: u64,
-    altered: u64,
+    /// Number of bytes of text that this process has written.
+    pub encoded: u64,
+    /// Number of documents whose decoded tokens differ from the text.
+    pub altered: u64,
     tokens: u64,
     told: u64,
 }
@@ -129,68 +122,42 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Returns the position at which reading continues.
-    pub fn place(&self) -> Place {
-        self.place
-    }
-
-    /// Returns the number of bytes of text written.
-    pub fn encoded(&self) -> u64 {
-        self.encoded
-    }
-
-    /// Returns the number of documents whose decoded tokens differ from the text.
-    pub fn altered(&self) -> u64 {
-        self.altered
-    }
-
     /// Returns the files of which the rest, or the rest of a row group, could not be read.
     pub fn cut(&self) -> Vec<PathBuf> {
         self.state.cut.iter().map(|i| self.path_of(*i)).collect()
     }
 
     /// Writes the next item.
-    pub fn take(&mut self, encoded: Encoded) -> Result<()> {
-        match encoded.what {
-            What::Document {
-                side,
-                source,
-                bytes,
-                count,
-                tokens,
-                altered,
-            } => {
-                let counts = Counts {
-                    documents: 1,
-                    tokens: count,
-                    bytes,
-                };
-                let source = self.source(source, side, counts);
-                let open = &mut self.open[side as usize];
+    pub fn take(&mut self, item: Item<Encoded>, at: Position) -> Result<()> {
+        match item {
+            Item::Document(document) => {
+                let counts = document.counts;
+                let source = self.source(document.source, at.side, counts);
+                let open = &mut self.open[at.side as usize];
                 let shard = match open {
                     Some(shard) => shard,
                     None => {
-                        let name = format!("{}-{:05}", side.name(), self.number);
+                        let name = format!("{}-{:05}", at.side.name(), self.number);
                         open.insert(OpenShard::create(&self.options.out, name)?)
                     }
                 };
-                shard.write(&tokens, counts, source)?;
-                self.encoded += bytes;
-                self.altered += u64::from(altered);
-                self.tokens += count;
+                shard.write(&document.tokens, counts, source)?;
+                self.encoded += counts.bytes;
+                self.altered += u64::from(document.altered);
+                self.tokens += counts.tokens;
             }
-            What::Empty => self.state.manifest.empty += 1,
-            What::Unreadable { rows, what, rest } => {
-                self.unreadable(encoded.input, rows, &what, encoded.place)?;
+            Item::Empty => self.state.manifest.empty += 1,
+            Item::Unreadable { rows, what, rest } => {
+                self.unreadable(at.input, rows, &what, at.place)?;
                 if rest {
-                    self.state.cut.insert(encoded.input);
+                    self.state.cut.insert(at.input);
                 }
             }
         }
-        self.place = encoded.place;
-        let (read, tokens) = (HumanBytes(encoded.consumed), self.tokens as f64 / 1e6);
+        self.place = at.place;
+        let (read, tokens) = (HumanBytes(at.consumed), self.tokens as f64 / 1e6);
         let text = format!("{read} read, {tokens:.1} M tokens");
-        self.progress.at(encoded.consumed, &text);
+        self.progress.at(at.consumed, &text);
         let open: u64 = self.open.iter().flatten().map(|s| s.counts.tokens).sum();
         if open >= self.options.shard_tokens {
             self.close()?;
@@ -240,8 +207,8 @@ impl<'a> Writer<'a> {
         self.told += 1;
         if self.told <= TOLD {
             let file = path.display();
-            self.progress
-                .note(&format!("warning: left out {which} of {file}: {what}"));
+            let warning = format!("warning: left out {which} of {file}: {what}");
+            self.progress.note(&warning);
         }
         if self.told == TOLD {
             self.progress
@@ -288,13 +255,10 @@ impl<'a> Writer<'a> {
                 "check the inputs, --text-column and --validation-fraction",
             ));
         }
-        let text = manifest.text();
-        replace(out, MANIFEST, text.as_bytes())?;
+        replace(out, MANIFEST, manifest.seal().as_bytes())?;
         let state = out.join(STATE);
         fs::remove_file(&state).map_err(|e| Error::io("remove", &state, e))?;
         sync(out)?;
-        manifest.checksum =
-            serde_json::from_str::<Manifest>(&text).map_or(String::new(), |m| m.checksum);
         Ok(manifest)
     }
 }

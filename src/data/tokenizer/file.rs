@@ -37,15 +37,14 @@ impl Tokenizer {
             let help = "use the tokenizer.json of a Hugging Face fast tokenizer";
             Error::file(path, "a tokenizer", got, help)
         };
-        let mut inner = catch_panic(|| tokenizers::Tokenizer::from_bytes(&json))
-            .and_then(|parsed| parsed.map_err(|e| e.to_string()))
-            .map_err(bad)?;
+        let mut inner = catch_panic(|| tokenizers::Tokenizer::from_bytes(&json)).map_err(bad)?;
         inner.with_padding(None);
         inner
             .with_truncation(None)
             .map_err(|e| bad(e.to_string()))?;
         inner.set_encode_special_tokens(true);
-        let greatest = catch_panic(|| inner.get_vocab(true).into_values().max()).map_err(bad)?;
+        let greatest = || Ok::<_, String>(inner.get_vocab(true).into_values().max());
+        let greatest = catch_panic(greatest).map_err(bad)?;
         let vocab_size = match greatest {
             Some(greatest) if greatest < i32::MAX as u32 => greatest as usize + 1,
             Some(greatest) => return Err(bad(format!("token {greatest}, more than 31 bits"))),
@@ -115,9 +114,7 @@ impl File {
                 "check the tokenizer and the text",
             )
         };
-        let encoding = catch_panic(|| self.inner.encode_fast(text, processed))
-            .and_then(|encoded| encoded.map_err(|e| e.to_string()))
-            .map_err(bad)?;
+        let encoding = catch_panic(|| self.inner.encode_fast(text, processed)).map_err(bad)?;
         let tokens = encoding.get_ids().iter().map(|id| {
             let known = (*id as usize) < vocab_size;
             known.then_some(*id as i32).ok_or(id)
@@ -128,11 +125,9 @@ impl File {
 
     pub fn decode(&self, tokens: &[i32]) -> Result<String> {
         let ids: Vec<u32> = tokens.iter().map(|t| *t as u32).collect();
-        catch_panic(|| self.inner.decode(&ids, false))
-            .and_then(|decoded| decoded.map_err(|e| e.to_string()))
-            .map_err(|got| {
-                let help = "check the tokenizer";
-                Error::invalid("tokenizer", "tokens that it can decode", got, help)
-            })
+        catch_panic(|| self.inner.decode(&ids, false)).map_err(|got| {
+            let help = "check the tokenizer";
+            Error::invalid("tokenizer", "tokens that it can decode", got, help)
+        })
     }
 }

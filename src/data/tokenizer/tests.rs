@@ -47,10 +47,16 @@ mod file {
     use std::fs;
 
     /// Writes a tokenizer with a small vocabulary; as in SentencePiece, U+2581 stands for the space before a word.
-    fn write(folder: &Path, added: serde_json::Value) -> std::path::PathBuf {
+    fn write(folder: &Path, added: &[(u32, &str)]) -> std::path::PathBuf {
+        let added = added.iter().map(|(id, name)| {
+            serde_json::json!({
+                "id": id, "content": name, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true,
+            })
+        });
         let json = serde_json::json!({
             "version": "1.0",
-            "added_tokens": added,
+            "added_tokens": added.collect::<Vec<_>>(),
             "normalizer": null,
             "pre_tokenizer": { "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true },
             "post_processor": null,
@@ -62,21 +68,15 @@ mod file {
         path
     }
 
-    fn added(id: u32, name: &str) -> serde_json::Value {
-        serde_json::json!({
-            "id": id, "content": name, "single_word": false, "lstrip": false,
-            "rstrip": false, "normalized": false, "special": true,
-        })
+    /// The tokenizer with these special tokens.
+    fn with(added: &[(u32, &str)]) -> Tokenizer {
+        let folder = tempfile::tempdir().unwrap();
+        Tokenizer::open(&write(folder.path(), added)).unwrap()
     }
 
     #[test]
     fn a_file_encodes_decodes_and_names_its_first_and_last_token() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = write(
-            folder.path(),
-            vec![added(3, "<s>"), added(4, "</s>")].into(),
-        );
-        let t = Tokenizer::open(&path).unwrap();
+        let t = with(&[(3, "<s>"), (4, "</s>")]);
         assert_eq!((t.vocab_size(), t.bos(), t.eos()), (5, Some(3), Some(4)));
         assert_eq!(t.encode("two one").unwrap(), [2, 1]);
         assert_eq!(t.decode(&[3, 2, 1, 4]).unwrap(), "<s> two one</s>");
@@ -87,7 +87,8 @@ mod file {
     }
 
     /// Writes a vocabulary of single bytes, named as SentencePiece names the bytes of unknown characters.
-    fn with_byte_fallback(folder: &Path) -> Tokenizer {
+    fn with_byte_fallback() -> Tokenizer {
+        let folder = tempfile::tempdir().unwrap();
         let bytes = [0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80].map(|b: u8| format!("<0x{b:02X}>"));
         let names = bytes.into_iter().chain(["a".to_string()]);
         let vocab: serde_json::Map<_, _> = names.zip((0..).map(serde_json::Value::from)).collect();
@@ -97,15 +98,14 @@ mod file {
             "decoder": { "type": "Sequence", "decoders": [{ "type": "ByteFallback" }, { "type": "Fuse" }] },
             "model": { "type": "WordLevel", "unk_token": "a", "vocab": vocab },
         });
-        let path = folder.join(TOKENIZER_FILE);
+        let path = folder.path().join(TOKENIZER_FILE);
         fs::write(&path, json.to_string()).unwrap();
         Tokenizer::open(&path).unwrap()
     }
 
     #[test]
     fn characters_of_several_tokens_are_returned_complete() {
-        let folder = tempfile::tempdir().unwrap();
-        let t = with_byte_fallback(folder.path());
+        let t = with_byte_fallback();
         // €, a, 😀, and a € that is cut off.
         let tokens = [0, 1, 2, 7, 3, 4, 5, 6, 0, 1];
         let mut stream = TextStream::new(&t);
@@ -121,11 +121,11 @@ mod file {
     #[test]
     fn a_token_that_ends_texts_begins_them_only_if_the_file_says_so() {
         let folder = tempfile::tempdir().unwrap();
-        let path = write(folder.path(), vec![added(3, "<end>")].into());
+        let path = write(folder.path(), &[(3, "<end>")]);
         for (adds, bos) in [(None, None), (Some(false), None), (Some(true), Some(3))] {
             let config = serde_json::json!({ "bos_token": "<end>", "eos_token": "<end>", "add_bos_token": adds });
             fs::write(
-                folder.path().join("tokenizer_config.json"),
+                folder.path().join(TOKENIZER_CONFIG_FILE),
                 config.to_string(),
             )
             .unwrap();
@@ -136,20 +136,13 @@ mod file {
 
     #[test]
     fn text_never_becomes_a_special_token() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = write(folder.path(), vec![added(3, "</s>")].into());
-        let t = Tokenizer::open(&path).unwrap();
+        let t = with(&[(3, "</s>")]);
         assert_eq!(t.encode("one </s>").unwrap(), [1, 0]);
     }
 
     #[test]
     fn the_files_of_a_tokenizer_restore_it_with_its_first_and_last_token() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = write(
-            folder.path(),
-            vec![added(3, "<s>"), added(4, "<end>")].into(),
-        );
-        let mut t = Tokenizer::open(&path).unwrap();
+        let mut t = with(&[(3, "<s>"), (4, "<end>")]);
         assert_eq!(t.eos(), None);
         t.set_special(true, Some("<end>")).unwrap();
         t.set_special(false, None).unwrap();
@@ -173,12 +166,9 @@ mod file {
             let e = Tokenizer::open(&path).err().unwrap().to_string();
             assert!(e.contains("expected a tokenizer"), "{e}");
         }
-        write(folder.path(), vec![added(3, "<s>")].into());
-        fs::write(
-            folder.path().join(TOKENIZER_CONFIG_FILE),
-            "{\"eos_token\": \"<none>\"}",
-        )
-        .unwrap();
+        write(folder.path(), &[(3, "<s>")]);
+        let config = folder.path().join(TOKENIZER_CONFIG_FILE);
+        fs::write(config, "{\"eos_token\": \"<none>\"}").unwrap();
         let e = Tokenizer::open(&path).err().unwrap().to_string();
         assert!(
             e.contains("tokenizer_config.json") && e.contains("`<none>`"),

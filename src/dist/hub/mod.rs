@@ -465,8 +465,6 @@ impl Hub {
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     let thread = thread::Builder::new().name(name.into()).spawn(run);
-    thread.map(drop).map_err(|e| {
-        let help = "raise the limit of threads (ulimit -u), or end other programs";
-        Error::invalid("ranks", "a thread for heartbeats", e.to_string(), help)
-    })
+    let error = |e| Error::thread("ranks", "a thread for heartbeats", &e);
+    thread.map(drop).map_err(error)
 }

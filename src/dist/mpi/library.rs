@@ -272,13 +272,7 @@ impl Library {
 
 impl Abi {
     fn of(loaded: &'static Loaded, name: &str) -> Result<Self> {
-        let address = |name: &str| -> Result<Handle> {
-            // SAFETY: only the address is used.
-            let found: Result<Symbol<*const c_void>, _> = unsafe { loaded.get(name.as_bytes()) };
-            found
-                .map(|symbol| symbol.into_raw() as Handle)
-                .map_err(|e| missing(name, &e))
-        };
+        let address = |name: &str| symbol::<Handle>(loaded, name);
         if name.contains("mpi_abi") {
             return Ok(STANDARD);
         }
@@ -316,7 +310,7 @@ fn load(names: &[String]) -> Result<(&'static Loaded, String)> {
 }
 
 fn symbol<T: Copy>(loaded: &'static Loaded, name: &str) -> Result<T> {
-    // SAFETY: every caller asks for the type that MPI gives the function of this name.
+    // SAFETY: every caller asks for the type that MPI gives the function of this name, or for an address.
     let found: Result<Symbol<T>, _> = unsafe { loaded.get(name.as_bytes()) };
     found.map(|symbol| *symbol).map_err(|e| missing(name, &e))
 }

@@ -6,10 +6,10 @@
 pub(super) mod library;
 
 use super::Collective;
-use super::processes::{Transport, Waiting};
+use super::processes::{Transfer, Transport, Waiting};
 use crate::device::Memory;
 use crate::error::Result;
-use library::{Library, Request};
+use library::Library;
 use std::mem::{self, ManuallyDrop};
 use std::time::Duration;
 
@@ -20,9 +20,6 @@ const PIECE: usize = 8 << 20;
 /// Largest number of bytes of all ranks that MPI transfers at once without copies. Even on a slow network this takes
 /// only a part of the time limit.
 const AT_ONCE: usize = 8 * PIECE;
-
-/// A function that begins a request: [`Library::all_gather`] or [`Library::all_to_all`].
-type Begin = unsafe fn(&Library, &[u8], &mut [u8]) -> Result<Request>;
 
 /// The ranks of a communicator.
 pub(super) struct Mpi {
@@ -47,12 +44,16 @@ impl Mpi {
     /// Begins a request on the buffers and waits for it. After an error the buffers are not freed.
     fn run(
         &self,
+        kind: Transfer,
         own: Memory,
         mut all: Memory,
         waiting: &mut Waiting,
-        begin: Begin,
     ) -> Result<[Memory; 2]> {
         waiting.renew();
+        let begin = match kind {
+            Transfer::AllGather => Library::all_gather,
+            Transfer::Exchange => Library::all_to_all,
+        };
         let mut waited = || {
             // SAFETY: the buffers and the request stay valid until the request is done, or forever.
             let request = unsafe { begin(&self.library, own.bytes(), all.bytes_mut()) }?;
@@ -86,75 +87,48 @@ impl Transport for Mpi {
         &self.library.version
     }
 
-    fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
-        let (n, size) = (own.len(), self.size());
-        let most = PIECE.min((1 << 30) / size);
-        for first in (0..n).step_by(most) {
-            let count = most.min(n - first);
-            let mut piece = Memory::unspecified(count);
-            piece
-                .bytes_mut()
-                .copy_from_slice(&own[first..first + count]);
-            let [_, moved] = self.run(
-                piece,
-                Memory::unspecified(count * size),
-                waiting,
-                Library::all_gather,
-            )?;
-            for (r, row) in moved.bytes().chunks(count).enumerate() {
-                all[r * n + first..][..count].copy_from_slice(row);
-            }
-        }
-        Ok(())
-    }
-
-    fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
+    fn transfer(
+        &self,
+        kind: Transfer,
+        own: &[u8],
+        all: &mut [u8],
+        waiting: &mut Waiting,
+    ) -> Result<()> {
         let size = self.size();
-        let n = own.len() / size;
-        let most = (PIECE / size).max(1);
+        // The rows that this rank gives, and the bytes of each that MPI moves at a time.
+        let (rows, most) = match kind {
+            Transfer::AllGather => (1, PIECE.min((1 << 30) / size)),
+            Transfer::Exchange => (size, (PIECE / size).max(1)),
+        };
+        let n = own.len() / rows;
         for first in (0..n).step_by(most) {
             let count = most.min(n - first);
-            let mut piece = Memory::unspecified(count * size);
+            let mut piece = Memory::unspecified(count * rows);
             for (r, row) in piece.bytes_mut().chunks_mut(count).enumerate() {
                 row.copy_from_slice(&own[r * n + first..][..count]);
             }
-            let [_, moved] = self.run(
-                piece,
-                Memory::unspecified(count * size),
-                waiting,
-                Library::all_to_all,
-            )?;
-            let rows = moved.bytes().chunks(count).enumerate();
-            for (r, row) in rows.filter(|(r, _)| *r != self.rank()) {
-                all[r * n + first..][..count].copy_from_slice(row);
+            let moved = Memory::unspecified(count * size);
+            let [_, moved] = self.run(kind, piece, moved, waiting)?;
+            for (r, row) in moved.bytes().chunks(count).enumerate() {
+                if kind == Transfer::AllGather || r != self.rank() {
+                    all[r * n + first..][..count].copy_from_slice(row);
+                }
             }
         }
         Ok(())
     }
 
-    fn all_gather_owned(
+    fn transfer_owned(
         &self,
+        kind: Transfer,
         own: Memory,
         mut all: Memory,
         waiting: &mut Waiting,
     ) -> Result<[Memory; 2]> {
         if all.bytes().len() <= AT_ONCE {
-            return self.run(own, all, waiting, Library::all_gather);
+            return self.run(kind, own, all, waiting);
         }
-        self.all_gather(own.bytes(), all.bytes_mut(), waiting)?;
-        Ok([own, all])
-    }
-
-    fn exchange_owned(
-        &self,
-        own: Memory,
-        mut all: Memory,
-        waiting: &mut Waiting,
-    ) -> Result<[Memory; 2]> {
-        if all.bytes().len() <= AT_ONCE {
-            return self.run(own, all, waiting, Library::all_to_all);
-        }
-        self.exchange(own.bytes(), all.bytes_mut(), waiting)?;
+        self.transfer(kind, own.bytes(), all.bytes_mut(), waiting)?;
         Ok([own, all])
     }
 

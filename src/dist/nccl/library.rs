@@ -155,18 +155,14 @@ impl Library {
         let text = |from: *const c_char| match from.is_null() {
             true => String::new(),
             // SAFETY: NCCL's texts end with a zero byte and are valid until its next call.
-            false => unsafe { CStr::from_ptr(from) }
-                .to_string_lossy()
-                .trim()
-                .to_string(),
+            false => {
+                let text = unsafe { CStr::from_ptr(from) }.to_string_lossy();
+                text.trim().to_string()
+            }
         };
         // SAFETY: both functions take any status and any handle of this library, null included.
-        let (short, long) = unsafe {
-            (
-                text((self.error_text)(status)),
-                text((self.last_error)(handle)),
-            )
-        };
+        let short = text(unsafe { (self.error_text)(status) });
+        let long = text(unsafe { (self.last_error)(handle) });
         let rank = rank.map_or(String::new(), |rank| format!(" on rank {rank}"));
         let long = match long.is_empty() {
             true => long,

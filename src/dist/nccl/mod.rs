@@ -12,7 +12,7 @@ pub use library::VARIABLE;
 
 use super::call::{Call, Kind};
 use super::device::Part;
-use super::{Collective, SingleRank};
+use super::{Collective, SingleRank, lost};
 use crate::device::{self, Device, Span};
 use crate::error::{Error, Result};
 use library::{Communicator, Id, Library, names};
@@ -107,12 +107,8 @@ pub fn available(device: Device) -> Result<()> {
 /// # Errors
 /// Returns the errors of [`on_device`], and an error when `device` has no library.
 pub fn alone(device: Device) -> Result<Arc<dyn Collective>> {
-    let library = library_of(device)?;
-    Ok(Arc::new(Nccl::connect(
-        Arc::new(SingleRank),
-        &library,
-        device,
-    )?))
+    let (library, host) = (library_of(device)?, Arc::new(SingleRank));
+    Ok(Arc::new(Nccl::connect(host, &library, device)?))
 }
 
 fn library_of(device: Device) -> Result<Library> {
@@ -154,20 +150,13 @@ impl Nccl {
 
     /// Makes a call of the communicator, unless an earlier one has failed.
     fn call(&self, call: impl FnOnce(&Communicator) -> Result<()>) -> Result<()> {
-        let lost = |text: &String| Error::Ranks {
-            text: text.clone(),
-            cause: None,
-        };
         if let Some(text) = self.link.failure.get() {
-            return Err(lost(text));
+            return Err(lost(text.as_str()));
         }
         let called = call(&self.link.communicator);
         called.map_err(|error| {
             // NCCL may notice a lost rank before the hub finds out which one it is.
-            match self.failure_within(NAMING) {
-                Some(text) => lost(&text),
-                None => error,
-            }
+            self.failure_within(NAMING).map_or(error, lost)
         })
     }
 }
@@ -195,15 +184,7 @@ fn watch(host: Arc<dyn Collective>, link: Arc<Link>) -> Result<JoinHandle<()>> {
         }
     };
     let thread = thread::Builder::new().name("nccl".into()).spawn(look);
-    thread.map_err(|e| {
-        let help = "raise the limit of threads (ulimit -u), or end other programs";
-        Error::invalid(
-            "NCCL",
-            "a thread that checks for errors",
-            e.to_string(),
-            help,
-        )
-    })
+    thread.map_err(|e| Error::thread("NCCL", "a thread that checks for errors", &e))
 }
 
 impl Drop for Nccl {

@@ -8,7 +8,7 @@ pub(super) mod place;
 
 use super::Collective;
 use super::handshake::{self, Acceptor, Key, connect_to_rank_0};
-use super::processes::{HubAddress, Transport, Waiting};
+use super::processes::{HubAddress, Transfer, Transport, Waiting, foreign, gather_json};
 use crate::error::{Error, Result};
 use place::Rendezvous;
 use serde::{Deserialize, Serialize};
@@ -57,17 +57,10 @@ impl Star {
             };
             return Ok((star, hub));
         }
-        let stream = connect_to_rank_0(
-            &meeting.addresses()?,
-            &meeting.named(),
-            &meeting.key,
-            [rank, size],
-            deadline,
-        )?;
-        let ends = stream
-            .local_addr()
-            .and_then(|own| Ok((own, stream.peer_addr()?)));
-        let (own, theirs) = ends.map_err(|e| handshake::broken(&e))?;
+        let (addresses, named) = (meeting.addresses()?, meeting.named());
+        let stream = connect_to_rank_0(&addresses, &named, &meeting.key, [rank, size], deadline)?;
+        let ends = || Ok((stream.local_addr()?, stream.peer_addr()?));
+        let (own, theirs) = ends().map_err(|e| handshake::broken(&e))?;
         let star = Self::new(rank, size, vec![stream], name, own.ip())?;
         let hub = HubAddress {
             listener: None,
@@ -159,20 +152,6 @@ impl Star {
         }
         Ok(())
     }
-}
-
-impl Transport for Star {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    fn name(&self) -> &str {
-        &self.name
-    }
 
     fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
         if self.rank != 0 {
@@ -226,6 +205,33 @@ impl Transport for Star {
         }
         Ok(())
     }
+}
+
+impl Transport for Star {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn transfer(
+        &self,
+        kind: Transfer,
+        own: &[u8],
+        all: &mut [u8],
+        waiting: &mut Waiting,
+    ) -> Result<()> {
+        match kind {
+            Transfer::AllGather => self.all_gather(own, all, waiting),
+            Transfer::Exchange => self.exchange(own, all, waiting),
+        }
+    }
 
     fn group(
         &self,
@@ -234,36 +240,25 @@ impl Transport for Star {
         limit: Duration,
     ) -> Result<Box<dyn Transport>> {
         let (first, rank) = (self.rank / size * size, self.rank % size);
-        let mut own = None;
+        let (mut acceptor, mut own) = (None, None);
         if rank == 0 {
             let bound = TcpListener::bind((self.address, 0));
             let bound = bound.and_then(|listener| Ok((listener.local_addr()?, listener)));
             let key = handshake::random()?;
             let (address, listener) = bound.map_err(|e| handshake::broken(&e))?;
-            own = Some((Place { address, key }, Acceptor::new(listener, key, size)?));
+            own = Some(Place { address, key });
+            acceptor = Some(Acceptor::new(listener, key, size)?);
         }
-        let place = own.as_ref().map(|(place, _)| place);
-        let text = serde_json::to_vec(&place).unwrap_or_default();
-        let places = all.gather_bytes(&text)?;
+        let mut places: Vec<Option<Place>> = gather_json(all, &own)?;
         let deadline = Instant::now() + limit;
-        let lines = match own {
-            Some((_, acceptor)) => acceptor.accept_ranks(deadline)?,
-            None => {
-                let place: Option<Place> =
-                    serde_json::from_slice(&places[first]).unwrap_or_default();
-                let Place { address, key } = place.ok_or_else(|| {
-                    let (expected, help) = ("an address to connect to", "report this as a bug");
-                    Error::invalid("ranks", expected, format!("none from rank {first}"), help)
-                })?;
-                let named = address.to_string();
-                vec![connect_to_rank_0(
-                    &[address],
-                    &named,
-                    &key,
-                    [rank, size],
-                    deadline,
-                )?]
+        let lines = match (acceptor, places.swap_remove(first)) {
+            (Some(acceptor), _) => acceptor.accept_ranks(deadline)?,
+            (None, Some(Place { address, key })) => {
+                let (named, ranks) = (address.to_string(), [rank, size]);
+                let line = connect_to_rank_0(&[address], &named, &key, ranks, deadline)?;
+                vec![line]
             }
+            (None, None) => return Err(foreign()),
         };
         let star = Star::new(rank, size, lines, self.name.clone(), self.address)?;
         Ok(Box::new(star))

@@ -22,6 +22,7 @@ use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// The record of one MoE layer in one pass.
 pub struct Seen {
@@ -69,7 +70,7 @@ impl Watched {
             record: record.clone(),
             first_slot: first_slot.clone(),
         };
-        let mut model = Model::with_router(&config, Box::new(probe), Box::new(SingleRank))?;
+        let mut model = Model::with_router(&config, Box::new(probe), Arc::new(SingleRank))?;
         first_slot.set(model.parameters.len());
         model.take_over(source)?;
         Ok(Watched { model, record })

@@ -12,6 +12,7 @@ use crate::train::checkpoint::{self, Checkpoint, TrainerState};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A model to evaluate, analyse, sample from or export.
 pub enum Saved {
@@ -58,7 +59,7 @@ impl Saved {
     /// # Errors
     /// When a file is damaged, the tensors do not belong to the model, or a weight is not finite.
     pub fn load(&self, change: impl FnOnce(&mut Config)) -> Result<(Model, TrainerState)> {
-        self.load_on(change, Box::new(SingleRank))
+        self.load_on(change, Arc::new(SingleRank))
     }
 
     /// The same as one of several ranks.
@@ -68,7 +69,7 @@ impl Saved {
     pub fn load_on(
         &self,
         change: impl FnOnce(&mut Config),
-        dist: Box<dyn Collective>,
+        dist: Arc<dyn Collective>,
     ) -> Result<(Model, TrainerState)> {
         let source = match self {
             Saved::Run(checkpoint) => return checkpoint::load_model_on(checkpoint, change, dist),

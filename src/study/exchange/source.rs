@@ -14,6 +14,7 @@ use crate::with_real;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Names of the output head and the embedding, which share one tensor if they are tied.
 const HEAD: &str = "lm_head.weight";
@@ -104,7 +105,7 @@ impl Source {
     /// # Errors
     /// When a tensor is missing, has another shape, or belongs to no parameter.
     pub fn model(&self, config: &Config) -> Result<(Model, Vec<Piece>)> {
-        self.model_on(config, Box::new(SingleRank))
+        self.model_on(config, Arc::new(SingleRank))
     }
 
     /// Builds the model as one rank of several.
@@ -114,7 +115,7 @@ impl Source {
     pub fn model_on(
         &self,
         config: &Config,
-        dist: Box<dyn Collective>,
+        dist: Arc<dyn Collective>,
     ) -> Result<(Model, Vec<Piece>)> {
         // A damaged config.json may contain any size, for which there may not be enough memory. If only a few tensors are
         // missing, a check below names them.

@@ -8,6 +8,7 @@ use crate::routers::Pass;
 use crate::tape::Tape;
 use crate::tensor::Tensor;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Returns the configuration of a preset with these keys, separated by spaces.
 fn config(preset: &str, sets: &str) -> Config {
@@ -294,7 +295,7 @@ fn planned_weights_and_moments_of_a_rank_are_those_that_a_rank_on_the_simulator_
         let planned = Memory::of(&config, h200(), 4).unwrap();
         let held = ThreadRank::run(4, |rank| {
             let router = routers::build(&config.router).unwrap();
-            let mut model = Model::with_router(&config, router, Box::new(rank)).unwrap();
+            let mut model = Model::with_router(&config, router, Arc::new(rank)).unwrap();
             let executor = StepExecutor::new(&config.train, &model);
             executor.share_out_weights(&mut model).unwrap();
             let bytes = |t: &Tensor| (t.elements() * t.dtype().size()) as u64;

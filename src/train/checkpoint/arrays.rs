@@ -90,15 +90,26 @@ impl<'a> Array<'a> {
     }
 }
 
+/// The types of arrays in files.
+pub(super) const KINDS: [DType; 5] = {
+    use DType::{Bf16, F32, F64, I16, I32};
+    [F64, F32, Bf16, I16, I32]
+};
+
+/// Returns the name of a type in a file.
+pub(super) fn in_file(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F64 => Dtype::F64,
+        DType::F32 => Dtype::F32,
+        DType::Bf16 => Dtype::BF16,
+        DType::I16 => Dtype::I16,
+        DType::I32 => Dtype::I32,
+    }
+}
+
 impl View for &Array<'_> {
     fn dtype(&self) -> Dtype {
-        match self.dtype {
-            DType::F64 => Dtype::F64,
-            DType::F32 => Dtype::F32,
-            DType::Bf16 => Dtype::BF16,
-            DType::I16 => Dtype::I16,
-            DType::I32 => Dtype::I32,
-        }
+        in_file(self.dtype)
     }
     fn shape(&self) -> &[usize] {
         &self.shape

@@ -74,16 +74,8 @@ impl Saver {
             .name("save".into())
             .spawn(move || write(&place, &copy))
             .map_err(|e| Error::io("start a thread to write to", &self.place.folder, e))?;
-        self.under_way = Some(UnderWay {
-            save: Saved {
-                step: snapshot.step,
-                bytes: snapshot.bytes(),
-                background: true,
-                blocked_seconds: begun.elapsed().as_secs_f64(),
-                write_seconds: 0.0,
-            },
-            thread,
-        });
+        let save = saved(snapshot, begun, true);
+        self.under_way = Some(UnderWay { save, thread });
         Ok(())
     }
 
@@ -100,11 +92,8 @@ impl Saver {
     fn write_now(&mut self, snapshot: &Snapshot, begun: Instant) -> Result<()> {
         let write_seconds = write(&self.place, snapshot)?;
         self.ended.push(Saved {
-            step: snapshot.step,
-            bytes: snapshot.bytes(),
-            background: false,
-            blocked_seconds: begun.elapsed().as_secs_f64(),
             write_seconds,
+            ..saved(snapshot, begun, false)
         });
         Ok(())
     }
@@ -141,6 +130,17 @@ impl Drop for Saver {
             // If the save fails as well, the error that ended the run is reported.
             let _ = save.thread.join();
         }
+    }
+}
+
+/// Returns the report of a save for which training has paused since `begun`, without the time of the write.
+fn saved(snapshot: &Snapshot, begun: Instant, background: bool) -> Saved {
+    Saved {
+        step: snapshot.step,
+        bytes: snapshot.bytes(),
+        background,
+        blocked_seconds: begun.elapsed().as_secs_f64(),
+        write_seconds: 0.0,
     }
 }
 

@@ -128,6 +128,13 @@ struct Entry {
     blake3: String,
 }
 
+impl Entry {
+    fn new(bytes: u64, hash: blake3::Hash) -> Self {
+        let blake3 = hash.to_string();
+        Entry { bytes, blake3 }
+    }
+}
+
 /// Writes `snapshot` to `folder/step-N`, up to `shard_bytes` of arrays to a file (see [`SHARD_BYTES`]), and then
 /// removes all but the `keep` newest checkpoints up to this step. A complete checkpoint of the same step is not
 /// replaced, since a run is deterministic. Returns the path of the checkpoint.
@@ -208,13 +215,9 @@ fn digest(path: &Path) -> Result<Entry> {
         let bytes = file.metadata()?.len();
         let mut hash = blake3::Hasher::new();
         hash.update_reader(file)?;
-        Ok((bytes, hash))
+        Ok(Entry::new(bytes, hash.finalize()))
     };
-    let (bytes, hash) = read().map_err(|e| Error::io("read", path, e))?;
-    Ok(Entry {
-        bytes,
-        blake3: hash.finalize().to_hex().to_string(),
-    })
+    read().map_err(|e| Error::io("read", path, e))
 }
 
 /// Renames a checkpoint before it removes it, so that a crash leaves no incomplete checkpoint.
@@ -385,13 +388,8 @@ impl Checkpoint {
     fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let path = self.path.join(name);
         let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-        self.compare(
-            name,
-            Entry {
-                bytes: bytes.len() as u64,
-                blake3: blake3::hash(&bytes).to_hex().to_string(),
-            },
-        )?;
+        let (size, hash) = (bytes.len() as u64, blake3::hash(&bytes));
+        self.compare(name, Entry::new(size, hash))?;
         Ok(bytes)
     }
 }

@@ -3,6 +3,7 @@
 //! Only one file at a time is in memory. If arrays are taken in the order in which they were written, each file is
 //! read once.
 
+use super::arrays::{KINDS, in_file};
 use super::shards::{Index, index, single};
 use super::{Checkpoint, damaged};
 use crate::device::Device;
@@ -10,9 +11,8 @@ use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 use crate::tensor::shape::Shape;
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::{Metadata, SafeTensors};
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// The arrays of the model or of the trainer. Each array is taken once; [`finish`](Arrays::finish) reports arrays
@@ -30,13 +30,9 @@ pub struct Arrays<'a> {
 struct Shard {
     name: String,
     bytes: Vec<u8>,
-    arrays: BTreeMap<String, Stored>,
-}
-
-struct Stored {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    range: Range<usize>,
+    header: Metadata,
+    /// The byte at which the arrays begin.
+    start: usize,
 }
 
 impl<'a> Arrays<'a> {
@@ -45,11 +41,11 @@ impl<'a> Arrays<'a> {
         let (only, index) = (single(stem), index(stem));
         if !checkpoint.has(&index) {
             let shard = Shard::read(checkpoint, &only)?;
-            let left = shard.arrays.keys().map(|a| (a.clone(), only.clone()));
+            let left = shard.header.offset_keys().into_iter();
             return Ok(Arrays {
                 checkpoint,
                 path: checkpoint.path().join(&only),
-                left: left.collect(),
+                left: left.map(|name| (name, only.clone())).collect(),
                 open: Some(shard),
             });
         }
@@ -105,7 +101,7 @@ impl Shard {
     /// Reads a file, and checks that it is byte-for-byte as it was written.
     fn read(checkpoint: &Checkpoint, name: &str) -> Result<Self> {
         let bytes = checkpoint.bytes(name)?;
-        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| {
+        let (length, header) = SafeTensors::read_metadata(&bytes).map_err(|e| {
             Error::file(
                 checkpoint.path().join(name),
                 "a safetensors file",
@@ -113,44 +109,30 @@ impl Shard {
                 "use another checkpoint",
             )
         })?;
-        // The data begin after eight bytes of header length and the header.
-        let start = 8 + header;
-        let stored = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
-            let (from, to) = info.data_offsets;
-            let stored = Stored {
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                range: start + from..start + to,
-            };
-            (name, stored)
-        };
-        let arrays = metadata.tensors().into_iter().map(stored).collect();
         Ok(Shard {
             name: name.into(),
             bytes,
-            arrays,
+            header,
+            // After eight bytes with the length of the header, and the header.
+            start: 8 + length,
         })
     }
 
     /// Returns the array if it has this element type and shape, or a text that describes what was found instead.
     fn tensor(&self, name: &str, dtype: DType, shape: Shape) -> Result<Tensor, String> {
-        let Some(stored) = self.arrays.get(name) else {
+        let Some(stored) = self.header.info(name) else {
             return Err("none of that name".into());
         };
-        let found = match stored.dtype {
-            Dtype::F64 => Some(DType::F64),
-            Dtype::F32 => Some(DType::F32),
-            Dtype::BF16 => Some(DType::Bf16),
-            Dtype::I16 => Some(DType::I16),
-            Dtype::I32 => Some(DType::I32),
-            _ => None,
-        };
+        let found = KINDS
+            .into_iter()
+            .find(|kind| in_file(*kind) == stored.dtype);
         if found != Some(dtype) || stored.shape != *shape {
             let found = found.map_or(format!("{:?}", stored.dtype), |d| d.to_string());
             return Err(format!("{found} {:?}", stored.shape));
         }
         let mut tensor = Tensor::unspecified(Device::Cpu, dtype, shape);
-        let bytes = &self.bytes[stored.range.clone()];
+        let (from, to) = stored.data_offsets;
+        let bytes = &self.bytes[self.start + from..self.start + to];
         tensor.bytes_mut().copy_from_slice(bytes);
         Ok(tensor)
     }

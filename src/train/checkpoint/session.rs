@@ -20,6 +20,7 @@ use crate::train::optimizer::Moments;
 use crate::train::step::StepExecutor;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+use std::sync::Arc;
 
 /// `trainer.json`: the position of the run, and its configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -60,7 +61,8 @@ pub fn snapshot<'a>(
         let [first, second] = moment_names(&parameter.name);
         [(first, &m.first), (second, &m.second)].map(|(n, t)| Array::borrowed(n, t))
     });
-    snapshot_with(model, weights(model), moments.collect(), state)
+    let weights = model.parameters.iter().flat_map(weights_of);
+    snapshot_with(model, weights.collect(), moments.collect(), state)
 }
 
 /// Returns the snapshot of a run on rank 0, and `None` on the other ranks, which send their shares of the moments to
@@ -97,10 +99,8 @@ pub fn snapshot_of_ranks<'a>(
     }
     let own = model.parameters.iter().zip(executor.optimizer.moments());
     for (i, (parameter, m)) in own.enumerate() {
-        for (name, own) in moment_names(&parameter.name)
-            .into_iter()
-            .zip([&m.first, &m.second])
-        {
+        let names = moment_names(&parameter.name).into_iter();
+        for (name, own) in names.zip([&m.first, &m.second]) {
             if let Some(whole) = shards.collect(dist, i, own)? {
                 let whole = whole.reshape(parameter.value.shape())?;
                 moments.push(Array::copied(name, &whole));
@@ -111,11 +111,6 @@ pub fn snapshot_of_ranks<'a>(
         0 => snapshot_with(model, collected, moments, state).map(Some),
         _ => Ok(None),
     }
-}
-
-/// Returns the weights, borrowed from the model.
-fn weights(model: &Model) -> Vec<Array<'_>> {
-    model.parameters.iter().flat_map(weights_of).collect()
 }
 
 /// Returns the parts of a parameter.
@@ -137,16 +132,15 @@ fn weights_of(parameter: &Parameter) -> Vec<Array<'_>> {
 
 fn snapshot_with<'a>(
     model: &'a Model,
-    weights: Vec<Array<'a>>,
+    mut weights: Vec<Array<'a>>,
     moments: Vec<Array<'a>>,
     state: &TrainerState,
 ) -> Result<Snapshot<'a>> {
     let config = &state.config;
-    let mut arrays = weights;
     let layers = config.model.moe_layers();
     for (layer, state) in layers.iter().zip(model.layer_states().iter()) {
         for (name, tensor) in state.tensors() {
-            arrays.push(Array::copied(router_state(*layer, name), tensor));
+            weights.push(Array::copied(router_state(*layer, name), tensor));
         }
     }
     let file = ModelFile {
@@ -156,15 +150,11 @@ fn snapshot_with<'a>(
     Ok(Snapshot {
         step: state.step,
         config: file.to_json()?,
-        model: arrays,
+        model: weights,
         trainer: moments,
         state: serde_json::to_value(state).map_err(|e| {
-            Error::invalid(
-                "trainer.json",
-                "values that JSON can hold",
-                e.to_string(),
-                "check the configuration",
-            )
+            let (expected, help) = ("values that JSON can hold", "check the configuration");
+            Error::invalid("trainer.json", expected, e.to_string(), help)
         })?,
     })
 }
@@ -175,10 +165,7 @@ pub(crate) fn router_state(layer: usize, name: &str) -> String {
 }
 
 fn moment_names(parameter: &str) -> [String; 2] {
-    [
-        format!("{parameter}.first_moment"),
-        format!("{parameter}.second_moment"),
-    ]
+    ["first", "second"].map(|moment| format!("{parameter}.{moment}_moment"))
 }
 
 /// Returns the checkpoint at `path`, or the newest complete checkpoint of the run at `path`, and an error for each
@@ -194,16 +181,13 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
     match newest(&folder)? {
         (Some(checkpoint), damaged) => Ok((checkpoint, damaged)),
         (None, mut damaged) => Err(damaged.pop().unwrap_or_else(|| {
-            let run = path.display();
-            Error::file(
-                path,
-                "a run with a checkpoint",
-                "a run without a checkpoint",
-                format!(
-                    "wait for the first one, every train.checkpoint_interval steps, or resume without --no-checkpoint: \
-                     routegrad train --resume --out {run}"
-                ),
-            )
+            let help = format!(
+                "wait for the first one, every train.checkpoint_interval steps, or resume without --no-checkpoint: \
+                 routegrad train --resume --out {}",
+                path.display()
+            );
+            let (expected, got) = ("a run with a checkpoint", "a run without a checkpoint");
+            Error::file(path, expected, got, help)
         })),
     }
 }
@@ -254,7 +238,7 @@ pub fn load_model_with(
     checkpoint: &Checkpoint,
     change: impl FnOnce(&mut Config),
 ) -> Result<(Model, TrainerState)> {
-    load_model_on(checkpoint, change, Box::new(SingleRank))
+    load_model_on(checkpoint, change, Arc::new(SingleRank))
 }
 
 /// Loads the model of a checkpoint as one of several ranks.
@@ -264,16 +248,12 @@ pub fn load_model_with(
 pub fn load_model_on(
     checkpoint: &Checkpoint,
     change: impl FnOnce(&mut Config),
-    dist: Box<dyn Collective>,
+    dist: Arc<dyn Collective>,
 ) -> Result<(Model, TrainerState)> {
     let path = checkpoint.path();
-    let foreign = |e: String| {
-        Error::file(
-            path,
-            "a checkpoint of this program",
-            e,
-            "use one that `train` wrote",
-        )
+    let foreign = |got: String| {
+        let help = "use one that `train` wrote";
+        Error::file(path, "a checkpoint of this program", got, help)
     };
     let mut state: TrainerState = serde_json::from_value(checkpoint.state()?)
         .map_err(|e| foreign(in_plain_words(&e.to_string())))?;
@@ -362,21 +342,17 @@ pub fn load_trainer(
     let mut arrays = checkpoint.trainer()?;
     let shards = executor.optimizer.shards();
     let own = executor.optimizer.moments().iter();
-    let moments = model
-        .parameters
-        .iter()
-        .zip(own)
-        .enumerate()
-        .map(|(i, (p, own))| {
-            let [first, second] = moment_names(&p.name);
-            let (dtype, shape) = (own.first.dtype(), p.value.shape());
-            let mut take = |name: &str| shards.cut(i, arrays.take(name, dtype, shape)?);
-            Ok(Moments {
-                first: take(&first)?,
-                second: take(&second)?,
-            })
+    let moments = model.parameters.iter().zip(own).enumerate();
+    let moments = moments.map(|(i, (p, own))| {
+        let [first, second] = moment_names(&p.name);
+        let (dtype, shape) = (own.first.dtype(), p.value.shape());
+        let mut take = |name: &str| shards.cut(i, arrays.take(name, dtype, shape)?);
+        Ok(Moments {
+            first: take(&first)?,
+            second: take(&second)?,
         })
-        .collect::<Result<_>>()?;
+    });
+    let moments = moments.collect::<Result<_>>()?;
     arrays.finish()?;
     executor.optimizer.restore(state.optimizer_steps, moments)
 }

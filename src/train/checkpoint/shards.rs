@@ -49,16 +49,11 @@ impl<'a, 'b> Shards<'a, 'b> {
             total += bytes;
         }
         let n = groups.len();
-        if n == 1 {
-            let files = groups.into_iter().map(|g| (single(stem), g)).collect();
-            return Shards { files, index: None };
-        }
-        let name = |i: usize| format!("{stem}-{:05}-of-{n:05}.safetensors", i + 1);
-        let files: Vec<_> = groups
-            .into_iter()
-            .enumerate()
-            .map(|(i, g)| (name(i), g))
-            .collect();
+        let name = |i: usize| match n {
+            1 => single(stem),
+            _ => format!("{stem}-{i:05}-of-{n:05}.safetensors"),
+        };
+        let files: Vec<_> = (1..).map(name).zip(groups).collect();
         let places = files
             .iter()
             .flat_map(|(file, arrays)| arrays.iter().map(|a| (a.name.clone(), file.clone())));
@@ -66,7 +61,7 @@ impl<'a, 'b> Shards<'a, 'b> {
             metadata: Total { total_size: total },
             weight_map: places.collect(),
         };
-        let index = Some((index(stem), content));
+        let index = (n > 1).then(|| (index(stem), content));
         Shards { files, index }
     }
 }

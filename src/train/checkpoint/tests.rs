@@ -4,6 +4,7 @@ use super::*;
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 use serde_json::json;
+use std::f64::consts::PI;
 
 /// A snapshot whose content follows from its step.
 fn snapshot(step: u64) -> Snapshot<'static> {
@@ -15,12 +16,18 @@ fn snapshot(step: u64) -> Snapshot<'static> {
             Array::copied("norm.weight", &Tensor::from_slice([2, 3], &values)),
             Array::copied("ids", &Tensor::from_slice([2], &[step as i32, -1])),
         ],
-        trainer: vec![Array::copied(
-            "exact",
-            &Tensor::scalar(std::f64::consts::PI),
-        )],
+        trainer: vec![Array::copied("exact", &Tensor::scalar(PI))],
         state: json!({ "step": step }),
     }
+}
+
+/// Saves the snapshot of a step in one file for the model and one for the trainer.
+fn saved(folder: &Path, step: u64, keep: usize) -> PathBuf {
+    save(folder, &snapshot(step), keep, SHARD_BYTES).unwrap()
+}
+
+fn step_of_newest(folder: &Path) -> u64 {
+    newest(folder).unwrap().0.unwrap().step()
 }
 
 fn folders(folder: &Path) -> Vec<String> {
@@ -33,7 +40,7 @@ fn folders(folder: &Path) -> Vec<String> {
 fn what_was_saved_comes_back_bit_for_bit() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("runs/a/checkpoints");
-    let path = save(&folder, &snapshot(7), 2, SHARD_BYTES).unwrap();
+    let path = saved(&folder, 7, 2);
     assert_eq!(path, folder.join("step-7"));
     let (found, damaged) = newest(&folder).unwrap();
     let checkpoint = found.unwrap();
@@ -49,23 +56,20 @@ fn what_was_saved_comes_back_bit_for_bit() {
     model.finish().unwrap();
     let mut trainer = checkpoint.trainer().unwrap();
     let exact = trainer.take("exact", DType::F64, []).unwrap();
-    assert_eq!(exact.item().unwrap(), std::f64::consts::PI);
+    assert_eq!(exact.item().unwrap(), PI);
 }
 
 #[test]
 fn only_the_newest_are_kept_and_files_of_interrupted_saves_are_removed() {
     let dir = tempfile::tempdir().unwrap();
-    fs::create_dir(dir.path().join(".unfinished-step-3")).unwrap();
-    fs::write(
-        dir.path().join(".unfinished-step-3/model.safetensors"),
-        "half",
-    )
-    .unwrap();
+    let half = dir.path().join(".unfinished-step-3");
+    fs::create_dir(&half).unwrap();
+    fs::write(half.join("model.safetensors"), "half").unwrap();
     for step in [2, 9, 10, 11] {
-        save(dir.path(), &snapshot(step), 2, SHARD_BYTES).unwrap();
+        saved(dir.path(), step, 2);
     }
     assert_eq!(folders(dir.path()), ["step-10", "step-11"]);
-    save(dir.path(), &snapshot(12), 1, SHARD_BYTES).unwrap();
+    saved(dir.path(), 12, 1);
     assert_eq!(folders(dir.path()), ["step-12"]);
 }
 
@@ -82,8 +86,8 @@ fn the_newest_whole_checkpoint_wins_and_damaged_ones_are_named() {
         (MANIFEST, "gone"),
     ] {
         let dir = tempfile::tempdir().unwrap();
-        save(dir.path(), &snapshot(1), 3, SHARD_BYTES).unwrap();
-        save(dir.path(), &snapshot(2), 3, SHARD_BYTES).unwrap();
+        saved(dir.path(), 1, 3);
+        saved(dir.path(), 2, 3);
         let path = dir.path().join("step-2").join(file);
         let mut bytes = fs::read(&path).unwrap();
         match fault {
@@ -100,8 +104,8 @@ fn the_newest_whole_checkpoint_wins_and_damaged_ones_are_named() {
         let e = damaged[0].to_string();
         assert!(e.contains("step-2") && e.contains(file), "{e}");
         // Training reaches step 2 again and replaces the damaged folder.
-        save(dir.path(), &snapshot(2), 3, SHARD_BYTES).unwrap();
-        assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 2);
+        saved(dir.path(), 2, 3);
+        assert_eq!(step_of_newest(dir.path()), 2);
         assert_eq!(folders(dir.path()), ["step-1", "step-2"]);
     }
 }
@@ -109,32 +113,27 @@ fn the_newest_whole_checkpoint_wins_and_damaged_ones_are_named() {
 #[test]
 fn a_whole_checkpoint_is_never_replaced() {
     let dir = tempfile::tempdir().unwrap();
-    let path = save(dir.path(), &snapshot(5), 2, SHARD_BYTES).unwrap();
-    let before = fs::metadata(path.join("model.safetensors"))
-        .unwrap()
-        .modified()
-        .unwrap();
-    save(dir.path(), &snapshot(5), 2, SHARD_BYTES).unwrap();
-    let after = fs::metadata(path.join("model.safetensors"))
-        .unwrap()
-        .modified()
-        .unwrap();
-    assert_eq!(before, after);
+    let path = saved(dir.path(), 5, 2);
+    let file = path.join("model.safetensors");
+    let modified = || fs::metadata(&file).unwrap().modified().unwrap();
+    let before = modified();
+    saved(dir.path(), 5, 2);
+    assert_eq!(before, modified());
 }
 
 #[test]
 fn a_damaged_newer_checkpoint_does_not_remove_the_one_just_saved() {
     let dir = tempfile::tempdir().unwrap();
-    save(dir.path(), &snapshot(10), 1, SHARD_BYTES).unwrap();
+    saved(dir.path(), 10, 1);
     fs::remove_file(dir.path().join("step-10").join("model.safetensors")).unwrap();
-    save(dir.path(), &snapshot(4), 1, SHARD_BYTES).unwrap();
-    assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 4);
+    saved(dir.path(), 4, 1);
+    assert_eq!(step_of_newest(dir.path()), 4);
 }
 
 #[test]
 fn a_foreign_checkpoint_names_the_tensor() {
     let dir = tempfile::tempdir().unwrap();
-    save(dir.path(), &snapshot(1), 1, SHARD_BYTES).unwrap();
+    saved(dir.path(), 1, 1);
     let checkpoint = newest(dir.path()).unwrap().0.unwrap();
     let take = |name: &str, shape: &[usize]| {
         let taken = checkpoint.model().unwrap().take(name, DType::F32, shape);
@@ -149,13 +148,8 @@ fn a_foreign_checkpoint_names_the_tensor() {
     assert!(e.contains("f32 [3, 2]") && e.contains("f32 [2, 3]"), "{e}");
     let e = take("ids", &[2]);
     assert!(e.contains("i32 [2]"), "{e}");
-    let e = checkpoint
-        .model()
-        .unwrap()
-        .finish()
-        .unwrap_err()
-        .to_string();
-    assert!(e.contains("`ids`"), "{e}");
+    let e = checkpoint.model().unwrap().finish().unwrap_err();
+    assert!(e.to_string().contains("`ids`"), "{e}");
 }
 
 #[test]
@@ -165,13 +159,10 @@ fn a_folder_that_cannot_be_written_is_named() {
     fs::write(&file, "").unwrap();
     let e = save(&file.join("checkpoints"), &snapshot(1), 1, SHARD_BYTES).unwrap_err();
     assert!(e.to_string().starts_with("cannot create"), "{e}");
-    let e = Checkpoint::open(dir.path()).err().unwrap().to_string();
-    assert!(e.contains("manifest.json"), "{e}");
-    let e = Checkpoint::open(&dir.path().join("none"))
-        .err()
-        .unwrap()
-        .to_string();
-    assert!(e.contains("no such folder"), "{e}");
+    for (name, expected) in [("", "manifest.json"), ("none", "no such folder")] {
+        let e = Checkpoint::open(&dir.path().join(name)).err().unwrap();
+        assert!(e.to_string().contains(expected), "{e}");
+    }
     assert!(newest(&dir.path().join("none")).unwrap().0.is_none());
 }
 
@@ -179,39 +170,31 @@ fn a_folder_that_cannot_be_written_is_named() {
 fn the_same_snapshot_gives_the_same_bytes() {
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     for dir in &dirs {
-        save(dir.path(), &snapshot(3), 1, SHARD_BYTES).unwrap();
+        saved(dir.path(), 3, 1);
     }
-    for file in [
-        CONFIG,
-        "model.safetensors",
-        "trainer.safetensors",
-        STATE,
-        MANIFEST,
-    ] {
-        let [a, b] =
-            [&dirs[0], &dirs[1]].map(|d| fs::read(d.path().join("step-3").join(file)).unwrap());
-        assert_eq!(a, b, "{file}");
+    let [a, b] = dirs.each_ref().map(|dir| dir.path().join("step-3"));
+    let files = folders(&a);
+    assert_eq!((files.len(), &files), (5, &folders(&b)));
+    for file in files {
+        let read = |folder: &Path| fs::read(folder.join(&file)).unwrap();
+        assert_eq!(read(&a), read(&b), "{file}");
     }
 }
 
 #[test]
 fn a_manifest_without_a_digest_of_its_own_is_read_as_before() {
     let dir = tempfile::tempdir().unwrap();
-    let path = save(dir.path(), &snapshot(3), 1, SHARD_BYTES)
-        .unwrap()
-        .join(MANIFEST);
+    let path = saved(dir.path(), 3, 1).join(MANIFEST);
     let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     assert!(manifest.as_object_mut().unwrap().remove("blake3").is_some());
     fs::write(&path, manifest.to_string()).unwrap();
-    assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 3);
+    assert_eq!(step_of_newest(dir.path()), 3);
 }
 
 #[test]
 fn a_changed_number_in_the_manifest_is_detected() {
     let dir = tempfile::tempdir().unwrap();
-    let path = save(dir.path(), &snapshot(3), 1, SHARD_BYTES)
-        .unwrap()
-        .join(MANIFEST);
+    let path = saved(dir.path(), 3, 1).join(MANIFEST);
     let text = fs::read_to_string(&path).unwrap();
     for other in [text.replace("\"step\": 3", "\"step\": 7"), text + " "] {
         fs::write(&path, other).unwrap();

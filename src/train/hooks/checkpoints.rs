@@ -42,12 +42,11 @@ impl Checkpoints {
         };
         // The last save, and a save whose copy does not fit in memory, are written before this returns.
         doing_alone(format!("the checkpoint after step {step}"));
-        if last {
-            let summary = saving.last(&snapshot)?;
-            trainer.info(&summary);
-            return Ok(());
+        if !last {
+            return saving.saver.save(&snapshot, available_memory);
         }
-        saving.save(&snapshot)
+        trainer.info(&saving.last(&snapshot)?);
+        Ok(())
     }
 }
 
@@ -68,11 +67,21 @@ impl Hook for Checkpoints {
 
     /// A save that failed in the background ends the run here.
     fn before_step(&mut self, trainer: &Trainer, _step: u64) -> Result<()> {
-        if let Some(saving) = &mut self.saving {
-            let (ended, note) = saving.ended()?;
-            note.iter().for_each(|note| trainer.note(note));
-            self.ended.extend(ended);
+        let Some(saving) = &mut self.saving else {
+            return Ok(());
+        };
+        let ended = saving.saver.ended()?;
+        saving.count(&ended);
+        if let Some(waited) = ended.iter().find(|s| !s.background && !saving.noted) {
+            saving.noted = true;
+            trainer.note(&format!(
+                "step {}: training waits while a checkpoint is written, {:.1} s: a copy of {} does not fit in the free memory",
+                waited.step,
+                waited.blocked_seconds,
+                size(waited.bytes),
+            ));
         }
+        self.ended.extend(ended);
         Ok(())
     }
 
@@ -124,32 +133,9 @@ impl Saving {
         }
     }
 
-    /// Saves while training continues, if there is enough memory.
-    ///
-    /// # Errors
-    /// The errors of [`Saver::save`].
-    fn save(&mut self, snapshot: &Snapshot) -> Result<()> {
-        self.saver.save(snapshot, available_memory)
-    }
-
-    /// Returns the saves that have ended since the last call, and a note for the user.
-    ///
-    /// # Errors
-    /// Returns an error when a save failed in the background.
-    fn ended(&mut self) -> Result<(Vec<Saved>, Option<String>)> {
-        let ended = self.saver.ended()?;
+    /// Adds the time that training has paused for these saves.
+    fn count(&mut self, ended: &[Saved]) {
         self.blocked += ended.iter().map(|s| s.blocked_seconds).sum::<f64>();
-        let waited = ended.iter().find(|s| !s.background && !self.noted);
-        let note = waited.map(|s| {
-            format!(
-                "step {}: training waits while a checkpoint is written, {:.1} s: a copy of {} does not fit in the free memory",
-                s.step,
-                s.blocked_seconds,
-                size(s.bytes),
-            )
-        });
-        self.noted |= note.is_some();
-        Ok((ended, note))
     }
 
     /// Saves when training has ended, and returns a summary of all saves.
@@ -163,7 +149,7 @@ impl Saving {
         let mut ended = self.saver.ended()?;
         // The wait for the previous save and the write of this save happened after training ended.
         ended.retain(|s| s.background);
-        self.blocked += ended.iter().map(|s| s.blocked_seconds).sum::<f64>();
+        self.count(&ended);
         Ok(format!(
             "checkpoints: saving paused training for {:.3} s of {trained:.1} s ({:.3}%); the last save took {waited:.1} s after training ended",
             self.blocked,

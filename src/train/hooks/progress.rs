@@ -42,7 +42,7 @@ impl Hook for Progress {
             clock(left),
             busiest(&record.load),
         );
-        if let Some(bar) = trainer.console().bar() {
+        if let Some(bar) = trainer.console.bar() {
             bar.set_position(step);
             bar.set_message(text);
             return Ok(());

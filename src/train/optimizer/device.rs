@@ -8,9 +8,7 @@ use crate::dist::DeviceRanks;
 use crate::error::Result;
 use crate::kernels::adamw::{AdamwUpdate, BLOCK, SquareSums};
 use crate::kernels::argument::Element;
-use crate::kernels::bindings::{
-    routegrad_parameter, routegrad_state, routegrad_step_outcome, routegrad_step_settings,
-};
+use crate::kernels::bindings::{routegrad_parameter, routegrad_state};
 use crate::kernels::step::{LossesAdd, StateCommit, StepDecide};
 use crate::kernels::table::{Row, bytes_of, row_of};
 use crate::kernels::{In, Stream};
@@ -45,7 +43,7 @@ pub struct DeviceStep {
     /// Whether a report since the last call of [`ask_to_stop`](Self::ask_to_stop) contained a stop request of any
     /// rank.
     stop_read: bool,
-    settings: Table<routegrad_step_settings>,
+    settings: Table<Settings>,
     outcome: Tensor,
     /// The number of updates in the outcome, as last known to the host.
     updates: u64,
@@ -78,11 +76,7 @@ impl DeviceStep {
             asked: false,
             stop_read: false,
             settings: Table::new(device),
-            outcome: Tensor::zeros(
-                device,
-                DType::I32,
-                [size_of::<routegrad_step_outcome>() / 4],
-            ),
+            outcome: Tensor::zeros(device, DType::I32, [size_of::<Outcome>() / 4]),
             updates: 0,
             losses: Tensor::unspecified(device, DType::F64, [3]),
             states: Table::new(device),
@@ -121,10 +115,9 @@ impl DeviceStep {
     /// Makes the following steps inform the other ranks whether this rank was `asked` to stop. Returns whether a
     /// report since the last call contained a stop request of any rank.
     pub fn ask_to_stop(&mut self, asked: bool) -> bool {
-        let flag = if asked { 1.0 } else { 0.0 };
         if self.asked != asked {
             self.asked = asked;
-            self.stop.slice_mut::<f64>()[0] = flag;
+            self.stop.slice_mut::<f64>()[0] = f64::from(u8::from(asked));
         }
         std::mem::take(&mut self.stop_read)
     }
@@ -156,18 +149,13 @@ impl DeviceStep {
                 updates: optimizer.steps,
                 ..Default::default()
             };
-            self.outcome
-                .bytes_mut()
-                .copy_from_slice(bytes_of(&[outcome]));
+            let bytes = self.outcome.bytes_mut();
+            bytes.copy_from_slice(bytes_of(&[outcome]));
         }
         self.settings.set(&[settings]);
         // Tensors that the host has read are copied back for the kernels.
-        for kept in [
-            &mut self.outcome,
-            &mut self.losses,
-            &mut self.stop,
-            &mut self.stops,
-        ] {
+        let results = [&mut self.outcome, &mut self.losses];
+        for kept in results.into_iter().chain([&mut self.stop, &mut self.stops]) {
             kept.pointer_mut::<u8>();
         }
         let rows = rows(optimizer, parameters, gradients)?;

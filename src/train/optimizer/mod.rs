@@ -25,6 +25,7 @@ use crate::tensor::cpu::vectorized;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Number of elements that one thread processes at a time.
 const BLOCK: usize = 1 << 14;
@@ -171,23 +172,10 @@ impl AdamW {
         };
         let coefficients = [false, true].map(coefficients);
         for (i, (p, moments)) in parameters.iter_mut().zip(&mut self.moments).enumerate() {
-            let Places::Whole(w) = p.value.places() else {
-                return Err(Error::invalid(
-                    "adamw",
-                    "parameters of the CPU",
-                    format!("`{}` in two halves", p.name),
-                    "this is a bug: the CPU optimizer cannot update parameters of a device with kernels",
-                ));
-            };
-            let zeros;
-            let gradient = match gradients.get(i) {
-                Some(g) => g,
-                None => {
-                    zeros = Tensor::zeros(w.device(), w.dtype(), w.shape());
-                    &zeros
-                }
-            };
             let coefficients = coefficients[usize::from(p.decays)];
+            let w = on_cpu(p)?;
+            let zeros = || Cow::Owned(Tensor::zeros(w.device(), w.dtype(), w.shape()));
+            let gradient = gradients.get(i).map_or_else(zeros, Cow::Borrowed);
             let own = self.shards.own(i);
             if own.is_empty() {
                 continue;
@@ -211,6 +199,19 @@ impl AdamW {
             }
         }
         Ok(())
+    }
+}
+
+/// Returns the tensor of a parameter on the CPU.
+fn on_cpu(parameter: &mut Parameter) -> Result<&mut Tensor> {
+    match parameter.value.places() {
+        Places::Whole(value) => Ok(value),
+        Places::Split(_) => Err(Error::invalid(
+            "adamw",
+            "parameters of the CPU",
+            format!("`{}` in two halves", parameter.name),
+            "this is a bug: the CPU optimizer cannot update parameters of a device with kernels",
+        )),
     }
 }
 
@@ -285,7 +286,7 @@ mod reference {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Layers};
+    use crate::config::Config;
     use crate::device::Device;
     use crate::model::Weight;
     use crate::tape::{Tape, Var};
@@ -303,47 +304,35 @@ mod tests {
     fn gradient(g: f64) -> Gradients {
         let mut store = Gradients::new(1);
         let tape = Tape::new();
-        let x = Var::leaf(Tensor::from_slice([1], &[0.0]), 0);
-        let y = crate::ops::add::add(&tape, &x, &Var::constant(Tensor::from_slice([1], &[0.0])))
-            .unwrap();
-        tape.backward_from(&[(&y, Tensor::from_slice([1], &[g]))], &mut store)
-            .unwrap();
+        let of = |value: f64| Tensor::from_slice([1], &[value]);
+        let (x, zero) = (Var::leaf(of(0.0), 0), Var::constant(of(0.0)));
+        let y = crate::ops::add::add(&tape, &x, &zero).unwrap();
+        tape.backward_from(&[(&y, of(g))], &mut store).unwrap();
         store
     }
 
     #[test]
     fn two_updates_worked_by_hand() {
-        let mut config = Config::load(&Layers::preset("tiny"), &|_| Ok(()))
-            .unwrap()
-            .train;
+        let mut config = Config::tiny(&[]).train;
         (config.betas, config.eps, config.weight_decay) = ([0.5, 0.75], 0.0, 0.1);
         let mut parameters = [parameter(1.0, true)];
         let mut adam = AdamW::new(&config, &parameters);
+        let mut update = |g: f64, scale: f64, expected: f64| {
+            adam.update(&mut parameters, &gradient(g), 0.1, scale)
+                .unwrap();
+            let found = parameters[0].value.whole().slice::<f64>()[0];
+            approx::assert_relative_eq!(found, expected, epsilon = 1e-15);
+        };
         // t = 1: m = 1, v = 1; m / (1 − 1/2) = 2, v / (1 − 3/4) = 4: w = 1 · 0.99 − 0.1 · 2 / 2.
-        adam.update(&mut parameters, &gradient(2.0), 0.1, 1.0)
-            .unwrap();
-        approx::assert_relative_eq!(
-            parameters[0].value.whole().slice::<f64>()[0],
-            0.89,
-            epsilon = 1e-15
-        );
+        update(2.0, 1.0, 0.89);
         // t = 2, g = −4 · 0.5: m = 0.5 − 1 = −0.5, v = 0.75 + 1 = 1.75.
         // m / (3/4) = −2/3, v / (7/16) = 4: w = 0.89 · 0.99 + 0.1 · (2/3) / 2.
-        adam.update(&mut parameters, &gradient(-4.0), 0.1, 0.5)
-            .unwrap();
-        let expected = 0.89 * 0.99 + 0.1 / 3.0;
-        approx::assert_relative_eq!(
-            parameters[0].value.whole().slice::<f64>()[0],
-            expected,
-            epsilon = 1e-15
-        );
+        update(-4.0, 0.5, 0.89 * 0.99 + 0.1 / 3.0);
     }
 
     #[test]
     fn only_parameters_that_decay_decay() {
-        let config = Config::load(&Layers::preset("tiny"), &|_| Ok(()))
-            .unwrap()
-            .train;
+        let config = Config::tiny(&[]).train;
         let mut parameters = [parameter(1.0, false)];
         let mut adam = AdamW::new(&config, &parameters);
         adam.update(&mut parameters, &gradient(0.0), 0.1, 1.0)

@@ -55,17 +55,19 @@ mod tests {
     use crate::device::Device;
     use crate::tensor::dtype::DType;
 
+    fn empty(count: usize) -> Moments {
+        let [first, second] =
+            [(); 2].map(|()| Tensor::unspecified(Device::Cpu, DType::Bf16, [count]));
+        Moments { first, second }
+    }
+
     #[test]
     fn rounding_returns_a_neighbour_and_is_exact_on_average() {
         let count = 100_000;
         // A third and two thirds between two neighbours, and a number that bf16 holds.
         for x in [1.0 + 1.0 / 384.0, -3.0 - 2.0 / 192.0, 0.5f32] {
             let same = Tensor::from_slice([count], &vec![x; count]);
-            let empty = || Tensor::unspecified(Device::Cpu, DType::Bf16, [count]);
-            let mut moments = Moments {
-                first: empty(),
-                second: empty(),
-            };
+            let mut moments = empty(count);
             store(&mut moments, [&same, &same], 7, 3, 0);
             let ulp = x.abs().log2().floor().exp2() / 128.0;
             for tensor in [&moments.first, &moments.second] {
@@ -74,10 +76,8 @@ mod tests {
                 // The tolerance of the mean is 5 standard deviations for this number of draws.
                 let allowed = 5.0 * 0.5 * f64::from(ulp) / (count as f64).sqrt();
                 assert!((mean - f64::from(x)).abs() <= allowed, "{mean} for {x}");
-                let near = found
-                    .iter()
-                    .all(|f| (f - f64::from(x)).abs() < f64::from(ulp));
-                assert!(near, "further than a step from {x}");
+                let near = |f: &f64| (f - f64::from(x)).abs() < f64::from(ulp);
+                assert!(found.iter().all(near), "further than a step from {x}");
             }
             assert!(x == 0.5 || moments.first.bytes() != moments.second.bytes());
         }
@@ -88,11 +88,7 @@ mod tests {
         let values: Vec<f32> = (0..3000).map(|i| 1.0 + i as f32 * 1e-4).collect();
         let wide = Tensor::from_slice([3000], &values);
         let of = |update, parameter| {
-            let empty = || Tensor::unspecified(Device::Cpu, DType::Bf16, [3000]);
-            let mut moments = Moments {
-                first: empty(),
-                second: empty(),
-            };
+            let mut moments = empty(3000);
             store(&mut moments, [&wide, &wide], update, parameter, 0);
             moments.first.bytes().to_vec()
         };

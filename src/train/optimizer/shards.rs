@@ -5,11 +5,11 @@
 //! Slices begin at multiples of [`BLOCK`], so that partial sums of the gradient's norm and the draws of stochastic
 //! rounding are the same as without sharding.
 
-use super::{BLOCK, reference};
+use super::{BLOCK, on_cpu, reference};
 use crate::device::Memory;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
-use crate::model::{Parameter, Places};
+use crate::model::Parameter;
 use crate::tape::Gradients;
 use crate::tensor::Tensor;
 use crate::tensor::cpu::vectorized;
@@ -65,9 +65,14 @@ impl Shards {
     /// Returns the number of blocks of `block` elements in the largest share of a rank; `block` must divide the block
     /// size of the slices.
     pub(super) fn most_blocks(&self, block: usize) -> usize {
+        self.most(&(0..self.elements.len()), |n| n.div_ceil(block))
+    }
+
+    /// Returns the largest share of a rank of these parameters, where a share of n elements of one counts as `size` of n.
+    fn most(&self, parameters: &Range<usize>, size: impl Fn(usize) -> usize) -> usize {
         let of_rank = |rank| {
-            let blocks = (0..self.elements.len()).map(|i| self.of(i, rank).len().div_ceil(block));
-            blocks.sum::<usize>()
+            let sizes = parameters.clone().map(|i| size(self.of(i, rank).len()));
+            sizes.sum()
         };
         (0..self.size).map(of_rank).max().unwrap_or(0)
     }
@@ -111,13 +116,10 @@ impl Shards {
         let mut cut = Tensor::unspecified(whole.device(), whole.dtype(), [own.len()]);
         let bytes = whole.bytes().get(own.start * width..own.end * width);
         let bytes = bytes.ok_or_else(|| {
+            let expected = format!("{} numbers", own.end);
             let got = format!("{} of them", whole.elements());
-            Error::invalid(
-                "checkpoint",
-                format!("{} numbers", own.end),
-                got,
-                "this is a bug: please report it",
-            )
+            let help = "this is a bug: please report it";
+            Error::invalid("checkpoint", expected, got, help)
         })?;
         cut.bytes_mut().copy_from_slice(bytes);
         Ok(cut)
@@ -125,14 +127,22 @@ impl Shards {
 
     /// Returns the bytes of the largest share of a bucket, with `width` bytes per element.
     fn row(&self, bucket: &Range<usize>, width: usize) -> usize {
-        let share = |rank| {
-            bucket
-                .clone()
-                .map(|i| self.of(i, rank).len())
-                .sum::<usize>()
-        };
-        let longest = (0..self.size).map(share).max().unwrap_or(0);
-        (longest * width).next_multiple_of(8)
+        (self.most(bucket, |n| n) * width).next_multiple_of(8)
+    }
+
+    /// Returns the parameters of a bucket, and for each the bytes of a rank's share in its tensor and in the rank's row.
+    fn places(
+        &self,
+        bucket: &Range<usize>,
+        rank: usize,
+    ) -> impl Iterator<Item = (usize, [Range<usize>; 2])> {
+        let mut at = 0;
+        bucket.clone().map(move |i| {
+            let part = bytes_of(&self.of(i, rank), self.dtype.size());
+            let first = at;
+            at += part.len();
+            (i, [part, first..at])
+        })
     }
 
     /// Sums the gradients of this rank's share over the ranks, in f64 and in rank order. The other gradients do not
@@ -146,41 +156,32 @@ impl Shards {
         parameters: &[Parameter],
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let width = self.dtype.size();
         for bucket in &self.buckets {
-            let row = self.row(bucket, width);
+            let row = self.row(bucket, self.dtype.size());
             let new = || Memory::unspecified(row * self.size);
             let mut send = new();
             for i in bucket.clone() {
                 // A rank without a gradient contributes zeros.
                 let value = &parameters[i].value;
-                gradients.get_or(i, || {
-                    Tensor::zeros(value.device(), value.dtype(), value.shape())
-                });
+                let zeros = || Tensor::zeros(value.device(), value.dtype(), value.shape());
+                gradients.get_or(i, zeros);
             }
             let to = send.bytes_mut().chunks_mut(row.max(1)).enumerate();
             for (rank, to) in to.filter(|(rank, _)| *rank != self.rank) {
-                let mut at = 0;
-                for i in bucket.clone() {
-                    let part = bytes_of(&self.of(i, rank), width);
+                for (i, [part, place]) in self.places(bucket, rank) {
                     if let Some(gradient) = gradients.get(i) {
-                        to[at..at + part.len()].copy_from_slice(&gradient.bytes()[part.clone()]);
+                        to[place].copy_from_slice(&gradient.bytes()[part]);
                     }
-                    at += part.len();
                 }
             }
             let [_, received] = dist.exchange_owned(send, new())?;
-            let from = received.bytes();
-            let mut at = 0;
-            for i in bucket.clone() {
-                let part = bytes_of(&self.own(i), width);
+            for (i, [part, place]) in self.places(bucket, self.rank) {
                 if let Some(gradient) = gradients.get_mut(i) {
-                    let rows = from.chunks(row.max(1)).map(|r| &r[at..at + part.len()]);
-                    let rows: Vec<&[u8]> = rows.collect();
-                    let own = &mut gradient.bytes_mut()[part.clone()];
+                    let rows = received.bytes().chunks(row.max(1));
+                    let rows: Vec<&[u8]> = rows.map(|r| &r[place.clone()]).collect();
+                    let own = &mut gradient.bytes_mut()[part];
                     add(self.dtype, &rows, self.rank, own)?;
                 }
-                at += part.len();
             }
         }
         Ok(())
@@ -193,8 +194,7 @@ impl Shards {
     pub fn norm(&self, dist: &dyn Collective, gradients: &Gradients) -> Result<f64> {
         let blocks = |i: usize, rank: usize| self.of(i, rank).len().div_ceil(BLOCK);
         let all = 0..self.elements.len();
-        let count = |rank| all.clone().map(|i| blocks(i, rank)).sum::<usize>();
-        let most = (0..self.size).map(count).max().unwrap_or(0);
+        let most = self.most_blocks(BLOCK);
         let mut partials = Vec::with_capacity(most);
         for i in all.clone() {
             let own = self.own(i);
@@ -231,46 +231,20 @@ impl Shards {
         dist: &dyn Collective,
         parameters: &mut [Parameter],
     ) -> Result<()> {
-        let mut whole = Vec::with_capacity(parameters.len());
-        for parameter in parameters {
-            let Places::Whole(weight) = parameter.value.places() else {
-                let got = format!("`{}` in two halves", parameter.name);
-                let help = "this is a bug: the CPU optimizer cannot update parameters of a device with kernels";
-                return Err(Error::invalid("adamw", "parameters of the CPU", got, help));
-            };
-            whole.push(weight);
-        }
+        let whole = parameters.iter_mut().map(on_cpu);
+        let mut whole = whole.collect::<Result<Vec<_>>>()?;
         for bucket in &self.buckets {
-            self.spread(dist, bucket, &mut whole[bucket.clone()])?;
-        }
-        Ok(())
-    }
-
-    /// Copies to every rank all elements of the tensors of a bucket, of which each rank has its share.
-    fn spread(
-        &self,
-        dist: &dyn Collective,
-        bucket: &Range<usize>,
-        tensors: &mut [&mut Tensor],
-    ) -> Result<()> {
-        let width = tensors.first().map_or(1, |t| t.dtype().size());
-        let row = self.row(bucket, width);
-        let (mut own, mut at) = (Memory::unspecified(row), 0);
-        let to = own.bytes_mut();
-        for (i, tensor) in bucket.clone().zip(tensors.iter()) {
-            let part = bytes_of(&self.own(i), width);
-            to[at..at + part.len()].copy_from_slice(&tensor.bytes()[part.clone()]);
-            at += part.len();
-        }
-        let [_, all] = dist.all_gather_owned(own, Memory::unspecified(row * self.size))?;
-        for (rank, from) in all.bytes().chunks(row.max(1)).enumerate() {
-            let mut at = 0;
-            for (i, tensor) in bucket.clone().zip(tensors.iter_mut()) {
-                let part = bytes_of(&self.of(i, rank), width);
-                if rank != self.rank {
-                    tensor.bytes_mut()[part.clone()].copy_from_slice(&from[at..at + part.len()]);
+            let row = self.row(bucket, self.dtype.size());
+            let mut own = Memory::unspecified(row);
+            for (i, [part, place]) in self.places(bucket, self.rank) {
+                own.bytes_mut()[place].copy_from_slice(&whole[i].bytes()[part]);
+            }
+            let [_, all] = dist.all_gather_owned(own, Memory::unspecified(row * self.size))?;
+            let rows = all.bytes().chunks(row.max(1)).enumerate();
+            for (rank, from) in rows.filter(|(rank, _)| *rank != self.rank) {
+                for (i, [part, place]) in self.places(bucket, rank) {
+                    whole[i].bytes_mut()[part].copy_from_slice(&from[place]);
                 }
-                at += part.len();
             }
         }
         Ok(())

@@ -44,13 +44,10 @@ pub fn sum_gradients(model: &Model, gradients: &mut Gradients) -> Result<()> {
         return Ok(());
     }
     for (i, parameter) in model.parameters.iter().enumerate() {
+        let value = &parameter.value;
         // A rank without a gradient contributes zeros.
-        gradients
-            .get_or(i, || {
-                let value = &parameter.value;
-                Tensor::zeros(value.device(), value.dtype(), value.shape())
-            })
-            .sum_over_ranks(dist)?;
+        let zeros = || Tensor::zeros(value.device(), value.dtype(), value.shape());
+        gradients.get_or(i, zeros).sum_over_ranks(dist)?;
     }
     Ok(())
 }

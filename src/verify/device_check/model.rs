@@ -15,6 +15,7 @@ use crate::routers::{self, Pass, Phase, Surrogate};
 use crate::tape::check::normal_numbers;
 use crate::tape::{Gradients, Tape};
 use crate::verify::fault::Fault;
+use std::sync::Arc;
 
 /// The largest relative error of a directional derivative of the loss that passes the check. The loss of the check's 120
 /// tokens has an uncertainty of about 0.001 nats, since activations are rounded to bf16 again after a movement: this is 1%
@@ -116,7 +117,7 @@ impl ModelCheck {
         let mut model = match self.surrogate {
             Some(surrogate) => {
                 let router = surrogate(&config.router)?;
-                Model::with_router(&config, router, Box::new(SingleRank))?
+                Model::with_router(&config, router, Arc::new(SingleRank))?
             }
             None => Model::new(&config)?,
         };
