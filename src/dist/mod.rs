@@ -9,6 +9,7 @@ mod call; // ordinal, kind and count of a call, compared between ranks
 mod device; // the two transfers of device memory
 mod handshake; // authentication of a TCP connection between two ranks
 mod hub; // heartbeats, and one message when a rank is lost
+mod load; // loads the libraries of MPI and NCCL at run time
 mod mpi; // transfers between processes by MPI, which is loaded at run time
 pub mod nccl; // transfers between GPUs by NCCL, which is loaded at run time
 mod processes; // ranks are processes

@@ -2,8 +2,9 @@
 //! (which Intel MPI, MVAPICH and Cray MPICH share), and the standard ABI of MPI 5. No header and no compiler wrapper is
 //! needed.
 
+use crate::dist::load::load;
 use crate::error::{Error, Result};
-use libloading::os::unix::{Library as Loaded, RTLD_GLOBAL, RTLD_NOW, Symbol};
+use libloading::os::unix::{Library as Loaded, RTLD_GLOBAL, Symbol};
 use std::ffi::{c_char, c_int, c_void};
 use std::ptr::null_mut;
 
@@ -99,7 +100,11 @@ impl Library {
     /// # Errors
     /// Returns an error when no library can be loaded, or MPI fails.
     pub fn start(names: &[String]) -> Result<Self> {
-        let (loaded, name) = load(names)?;
+        let help = format!(
+            "install the launcher's MPI library, name it in {VARIABLE}, or use --ranks none for a run of one process"
+        );
+        // The plug-ins of Open MPI need its symbols to be global.
+        let (loaded, name) = load("MPI", names, RTLD_GLOBAL, help)?;
         let abi = Abi::of(loaded, &name)?;
         let init: Init = symbol(loaded, "MPI_Init_thread")?;
         let mut threads = 0;
@@ -202,7 +207,7 @@ impl Library {
     /// Begins to send row r of `own` `[size, n]` to each other rank r, and to receive row r of `all` from it.
     ///
     /// # Safety
-    /// Returns the errors of [`all_gather`](Self::all_gather).
+    /// The same as for [`all_gather`](Self::all_gather).
     ///
     /// # Errors
     /// Returns an error when MPI fails.
@@ -286,27 +291,6 @@ impl Abi {
             }),
         }
     }
-}
-
-fn load(names: &[String]) -> Result<(&'static Loaded, String)> {
-    let mut reasons = Vec::new();
-    for name in names {
-        // The plug-ins of Open MPI need its symbols to be global.
-        // SAFETY: the initialisers of an MPI library only prepare the library.
-        match unsafe { Loaded::open(Some(name), RTLD_NOW | RTLD_GLOBAL) } {
-            // The library stays loaded until the process ends.
-            Ok(loaded) => return Ok((Box::leak(Box::new(loaded)), name.clone())),
-            Err(e) => reasons.push(e.to_string()),
-        }
-    }
-    Err(Error::invalid(
-        "MPI",
-        format!("one of the libraries {}", names.join(", ")),
-        reasons.join("; "),
-        format!(
-            "install the launcher's MPI library, name it in {VARIABLE}, or use --ranks none for a run of one process"
-        ),
-    ))
 }
 
 fn symbol<T: Copy>(loaded: &'static Loaded, name: &str) -> Result<T> {

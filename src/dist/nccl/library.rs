@@ -3,8 +3,9 @@
 
 use crate::device::{Span, stream};
 use crate::dist::device::Part;
+use crate::dist::load::load;
 use crate::error::{Error, Result};
-use libloading::os::unix::{Library as Loaded, RTLD_LOCAL, RTLD_NOW, Symbol};
+use libloading::os::unix::{Library as Loaded, RTLD_LOCAL, Symbol};
 use std::env::var;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::null_mut;
@@ -76,7 +77,8 @@ impl Library {
     /// # Errors
     /// Returns an error when no library can be loaded, it is too old, or a function is missing.
     pub fn load(names: &[String]) -> Result<Self> {
-        let (loaded, name) = load(names)?;
+        let help = format!("install NVIDIA's NCCL, or name it in {VARIABLE}");
+        let (loaded, name) = load("NCCL", names, RTLD_LOCAL, help)?;
         let version = version(loaded, &name)?;
         Ok(Library {
             unique_id: symbol(loaded, "ncclGetUniqueId")?,
@@ -268,24 +270,6 @@ impl Communicator {
         self.library
             .check(name, Some(self.rank), self.handle, status)
     }
-}
-
-fn load(names: &[String]) -> Result<(&'static Loaded, String)> {
-    let mut reasons = Vec::new();
-    for name in names {
-        // SAFETY: the initialisers of NCCL only prepare the library.
-        match unsafe { Loaded::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
-            // The library stays loaded until the process ends.
-            Ok(loaded) => return Ok((Box::leak(Box::new(loaded)), name.clone())),
-            Err(e) => reasons.push(e.to_string()),
-        }
-    }
-    Err(Error::invalid(
-        "NCCL",
-        format!("one of the libraries {}", names.join(", ")),
-        reasons.join("; "),
-        format!("install NVIDIA's NCCL, or name it in {VARIABLE}"),
-    ))
 }
 
 /// Returns the version (major, minor, patch), or an error if the library is too old.
