@@ -203,43 +203,26 @@ fn the_error_for_bad_text_names_the_file_and_the_fault() {
     let cut = &include_bytes!("../../data/embedded/sotu.txt.zst")[..100_000];
     let (run, short, long) = ("x".repeat(900), letters(4, 20), letters(4, 300));
     let separated = ["data.document_separator=---"];
-    let cases: [(&str, &[u8], &[&str], &[&str]); 9] = [
-        ("0.txt", b"", &[], &["0.txt", "empty"]),
-        ("1.txt", b" \n\n\n \n", &[], &["1.txt", "empty"]),
-        (
-            "2.txt",
-            b"caf\xc3\xa9 caf\xe9.",
-            &[],
-            &["2.txt", "UTF-8", "offset 9"],
-        ),
-        (
-            "3.txt",
-            run.as_bytes(),
-            &[],
-            &["validation text of more than 256", "got 45"],
-        ),
-        (
-            "4.txt",
-            short.as_bytes(),
-            &[],
-            &["256 tokens", "sequence_length"],
-        ),
-        (
-            "5.txt",
-            long.as_bytes(),
-            &small,
-            &["vocab_size = 99", "byte 100 at offset 606"],
-        ),
-        ("6.txt.zst", cut, &[], &["6.txt.zst", "cut-off"]),
-        ("7.txt.zst", b"not zstd", &[], &["7.txt.zst", "header"]),
-        // Separators, and no document between them.
-        ("8.txt", b"---\n---", &separated, &["256 tokens", "got 0"]),
-    ];
-    for (name, content, set, parts) in cases {
+    let check = |name: &str, content: &[u8], set: &[&str], parts: &[&str]| {
         let path = dir.path().join(name);
         fs::write(&path, content).unwrap();
         refused(&path, set, parts);
-    }
+    };
+    check("0.txt", b"", &[], &["0.txt", "empty"]);
+    check("1.txt", b" \n\n\n \n", &[], &["1.txt", "empty"]);
+    let latin = b"caf\xc3\xa9 caf\xe9.";
+    check("2.txt", latin, &[], &["2.txt", "UTF-8", "offset 9"]);
+    let few = ["validation text of more than 256", "got 45"];
+    check("3.txt", run.as_bytes(), &[], &few);
+    let few = ["256 tokens", "sequence_length"];
+    check("4.txt", short.as_bytes(), &[], &few);
+    let large = ["vocab_size = 99", "byte 100 at offset 606"];
+    check("5.txt", long.as_bytes(), &small, &large);
+    check("6.txt.zst", cut, &[], &["6.txt.zst", "cut-off"]);
+    check("7.txt.zst", b"not zstd", &[], &["7.txt.zst", "header"]);
+    // Separators, and no document between them.
+    let none = ["256 tokens", "got 0"];
+    check("8.txt", b"---\n---", &separated, &none);
 }
 
 #[test]

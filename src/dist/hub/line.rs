@@ -14,6 +14,10 @@ const SEND: Duration = Duration::from_secs(1);
 /// Longest line in bytes. A rank sends no longer lines.
 const LONGEST: u64 = 1 << 16;
 
+/// Longest reason for the end of a run in characters. In JSON a character has at most 6 bytes, so that a message with a reason
+/// is shorter than [`LONGEST`].
+pub(super) const LONGEST_REASON: usize = 8000;
+
 #[derive(Serialize, Deserialize)]
 pub(super) enum Message {
     /// A heartbeat, with what the rank is doing.
@@ -116,5 +120,29 @@ impl Reader {
                 Err(_) => return,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_message_with_the_longest_reason_arrives() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let from = Line::new(1, listener.accept().unwrap().0).unwrap();
+        // Control characters have the longest form in JSON.
+        let reason = "\u{1}".repeat(LONGEST_REASON);
+        Line::new(0, to).unwrap().send(&Message::Failed {
+            why: reason.clone(),
+        });
+        let mut received = Vec::new();
+        from.reader().unwrap().each(|message| match message {
+            Message::Failed { why } => received.push(why),
+            _ => panic!("another message"),
+        });
+        assert_eq!(received, [reason]);
     }
 }

@@ -8,7 +8,7 @@ mod member;
 use super::activity::Activity;
 use crate::error::Error;
 use crate::report::stderr_line;
-use line::{Line, Message};
+use line::{LONGEST_REASON, Line, Message};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -200,10 +200,10 @@ impl Hub {
 
     /// Ends the run on all ranks because of this one.
     pub fn leave(self: &Arc<Self>, why: &str) {
+        let why: String = why.chars().take(LONGEST_REASON).collect();
         match self.rank {
-            0 => self.fail(0, 0, "failed", why),
+            0 => self.fail(0, 0, "failed", &why),
             _ => {
-                let why = why.to_string();
                 self.send(&Message::Failed { why });
                 self.wait_until(GRACE, || self.failure.get().is_some());
             }
