@@ -1,7 +1,7 @@
 //! Attention on the simulator: every case of the library, every schedule, what may not depend on what, exact counts of
 //! work and bytes, refusals.
 
-use crate::support::refusals::*;
+use crate::support::refusals::refuses;
 use crate::support::schedules::{is_plain, table, with_options};
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
 use half::bf16;
@@ -146,76 +146,26 @@ fn the_workspace_holds_two_floats_for_every_padded_row() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    // dqkv, workspace, dout, qkv, out, log_sum_exp, first_key, cosines, sines; tokens, sequence, heads, key_value_heads,
-    // head_width
-    let call_backward = |p: [usize; 9], n: [usize; 5]| {
-        AttentionBackward {
-            dqkv: output(p[0]),
-            workspace: output(p[1]),
-            dout: input(p[2]),
-            qkv: input(p[3]),
-            out: input(p[4]),
-            log_sum_exp: input(p[5]),
-            first_key: optional(p[6]),
-            cosines: optional(p[7]),
-            sines: optional(p[8]),
-            tokens: n[0],
-            sequence: n[1],
-            heads: n[2],
-            key_value_heads: n[3],
-            head_width: n[4],
-        }
-        .launch(&stream())
-    };
-    let call_forward = |p: [usize; 4], n: [usize; 5]| {
+    refuses!(
         AttentionForward {
-            out: output(p[0]),
-            log_sum_exp: output(p[1]),
-            qkv: input(p[2]),
-            first_key: optional(p[3]),
-            tokens: n[0],
-            sequence: n[1],
-            heads: n[2],
-            key_value_heads: n[3],
-            head_width: n[4],
+            out, log_sum_exp, qkv, first_key[optional];
+            tokens: 4, sequence: 2, heads: 4, key_value_heads: 2, head_width: 64
         }
-        .launch(&stream())
-    };
-    let sizes = [4, 2, 4, 2, 64];
-    let names = ["out", "log_sum_exp", "qkv", "first_key"];
-    refuses_pointers(names, &["first_key"], good, |p| call_forward(p, sizes));
-    let names = [
-        "dqkv",
-        "workspace",
-        "dout",
-        "qkv",
-        "out",
-        "log_sum_exp",
-        "first_key",
-        "cosines",
-        "sines",
-    ];
-    let may_be_absent = ["first_key", "cosines"];
-    refuses_pointers(names, &may_be_absent, good, |p| call_backward(p, sizes));
-    for (i, wrong, why, name) in [
-        (0, 0, OUT_OF_RANGE, "tokens"),
-        (0, 1 << 31, OUT_OF_RANGE, "tokens"),
-        (0, 1 << 30, OVERFLOW, "tokens"),
-        (0, 5, OUT_OF_RANGE, "sequence"),
-        (1, 0, OUT_OF_RANGE, "sequence"),
-        (1, 8, OUT_OF_RANGE, "sequence"),
-        (2, 0, OUT_OF_RANGE, "heads"),
-        (2, 1025, OUT_OF_RANGE, "heads"),
-        (3, 0, OUT_OF_RANGE, "key_value_heads"),
-        (3, 3, OUT_OF_RANGE, "key_value_heads"),
-        (4, 32, OUT_OF_RANGE, "head_width"),
-        (4, 96, OUT_OF_RANGE, "head_width"),
-    ] {
-        let mut n = sizes;
-        n[i] = wrong;
-        refused(|| call_forward([good; 4], n), why, name);
-        refused(|| call_backward([good; 9], n), why, name);
-    }
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; [tokens: 5] sequence: 2; sequence: 0, 8; heads: 0, 1025;
+            key_value_heads: 0, 3; head_width: 32, 96
+        }
+        OVERFLOW { tokens: 1 << 30 }
+    );
+    refuses!(
+        AttentionBackward {
+            dqkv, workspace, dout, qkv, out, log_sum_exp, first_key[optional], cosines[optional], sines;
+            tokens: 4, sequence: 2, heads: 4, key_value_heads: 2, head_width: 64
+        }
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; [tokens: 5] sequence: 2; sequence: 0, 8; heads: 0, 1025;
+            key_value_heads: 0, 3; head_width: 32, 96
+        }
+        OVERFLOW { tokens: 1 << 30 }
+    );
 }

@@ -1,6 +1,6 @@
 //! Combine on the simulator: every case of the library, every schedule, exact counts of work and bytes, refusals.
 
-use crate::support::refusals::*;
+use crate::support::refusals::refuses;
 use crate::support::schedules::with_options;
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
 use routegrad::kernels::Combine;
@@ -55,50 +55,17 @@ fn work_and_bytes_are_those_of_the_formula() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    // y, rows_in, gates, slot_row, choices, vectors; tokens, rows, experts, hidden, slots
-    let call = |p: [usize; 6], n: [usize; 5]| {
+    refuses!(
         Combine {
-            y: output(p[0]),
-            rows_in: input(p[1]),
-            gates: optional(p[2]),
-            slot_row: input(p[3]),
-            choices: optional(p[4]),
-            vectors: optional(p[5]),
-            tokens: n[0],
-            rows: n[1],
-            experts: n[2],
-            hidden: n[3],
-            slots: n[4],
-            accumulate: false,
+            y, rows_in, gates, slot_row, choices[optional], vectors[optional];
+            tokens: 4, rows: 8, experts: 8, hidden: 64, slots: 2, accumulate: false
         }
-        .launch(&stream())
-    };
-    let sizes = [4, 8, 8, 64, 2];
-    let names = ["y", "rows_in", "gates", "slot_row", "choices", "vectors"];
-    refuses_pointers(names, &["choices", "vectors"], good, |p| call(p, sizes));
-    // Without choices every expert is a slot; without vectors nothing is wrong.
-    refused(
-        || call([good, good, good, good, 0, good], sizes),
-        OUT_OF_RANGE,
-        "slots",
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; rows: 0, 1 << 31; experts: 0, 257; hidden: 0; slots: 0, 9;
+            // Without choices every expert is a slot; without vectors nothing is wrong.
+            [choices: None] slots: 2
+        }
+        OVERFLOW { tokens: 1 << 30 }
+        NOT_MULTIPLE { hidden: 36 }
     );
-    for (i, wrong, why, name) in [
-        (0, 0, OUT_OF_RANGE, "tokens"),
-        (0, 1 << 31, OUT_OF_RANGE, "tokens"),
-        (0, 1 << 30, OVERFLOW, "tokens"),
-        (1, 0, OUT_OF_RANGE, "rows"),
-        (1, 1 << 31, OUT_OF_RANGE, "rows"),
-        (2, 0, OUT_OF_RANGE, "experts"),
-        (2, 257, OUT_OF_RANGE, "experts"),
-        (3, 0, OUT_OF_RANGE, "hidden"),
-        (3, 36, NOT_MULTIPLE, "hidden"),
-        (4, 0, OUT_OF_RANGE, "slots"),
-        (4, 9, OUT_OF_RANGE, "slots"),
-    ] {
-        let mut n = sizes;
-        n[i] = wrong;
-        refused(|| call([good; 6], n), why, name);
-    }
 }

@@ -1,10 +1,7 @@
 //! The output head and its loss on the simulator: every case of the library, every schedule, refusals, and the operations
 //! that launch them.
 
-use crate::support::refusals::{
-    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, input, optional, output, refused,
-    refuses_pointers, stream,
-};
+use crate::support::refusals::refuses;
 use crate::support::tape::{close, var};
 use crate::support::{check, check_cases, check_schedules, counts_agree, outputs};
 use routegrad::device::Device;
@@ -68,86 +65,33 @@ fn bytes_are_those_of_the_formula() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let logits = |p: [usize; 4], (tokens, vocabulary, hidden, tile)| {
-        let kernel = HeadLogits {
-            logits: output(p[0]),
-            statistics: output(p[1]),
-            x: input(p[2]),
-            w: input(p[3]),
-            tokens,
-            vocabulary,
-            hidden,
-            tile,
-        };
-        kernel.launch(&stream())
-    };
-    let rows = |p: [usize; 5], tokens: usize, vocabulary: usize| {
-        let kernel = CrossEntropyRows {
-            losses: output(p[0]),
-            dlogits: Some(output(p[1])),
-            logits: input(p[2]),
-            statistics: optional(p[3]),
-            targets: input(p[4]),
-            tokens,
-            vocabulary,
-            factor: 1.0,
-        };
-        kernel.launch(&stream())
-    };
-    refuses_pointers(["logits", "statistics", "x", "w"], &[], good, |p| {
-        logits(p, (4, 64, 64, 0))
-    });
-    for (sizes, why, name) in [
-        ((0, 64, 64, 0), OUT_OF_RANGE, "tokens"),
-        ((4, 0, 64, 0), OUT_OF_RANGE, "vocabulary"),
-        ((4, 60, 64, 0), NOT_MULTIPLE, "vocabulary"),
-        ((4, 64, 0, 0), OUT_OF_RANGE, "hidden"),
-        ((4, 64, 12, 0), NOT_MULTIPLE, "hidden"),
-        ((4, 1 << 24, 1 << 13, 0), OVERFLOW, "hidden"),
-        // Not one of those that are compiled for it.
-        ((4, 64, 64, 3), OUT_OF_RANGE, "tile"),
-    ] {
-        refused(|| logits([good; 4], sizes), why, name);
-    }
-    refuses_pointers(
-        ["losses", "dlogits", "logits", "statistics", "targets"],
-        &["dlogits", "statistics"],
-        good,
-        |p| rows(p, 4, 64),
+    refuses!(
+        HeadLogits { logits, statistics, x, w; tokens: 4, vocabulary: 64, hidden: 64, tile: 0 }
+        // The tile is not one of those that are compiled for it.
+        OUT_OF_RANGE { tokens: 0; vocabulary: 0; hidden: 0; tile: 3 }
+        NOT_MULTIPLE { vocabulary: 60; hidden: 12 }
+        OVERFLOW { [vocabulary: 1 << 24] hidden: 1 << 13 }
     );
-    refused(|| rows([good; 5], 0, 64), OUT_OF_RANGE, "tokens");
-    refused(|| rows([good; 5], 4, 0), OUT_OF_RANGE, "vocabulary");
-    refused(|| rows([good; 5], 4, 12), NOT_MULTIPLE, "vocabulary");
-    let mean = |p: [usize; 2], tokens: usize| {
-        let kernel = CrossEntropyMean {
-            loss: output(p[0]),
-            losses: input(p[1]),
-            tokens,
-            factor: 1.0,
-        };
-        kernel.launch(&stream())
-    };
-    refused(|| mean([0, good], 4), NULL, "loss");
-    refused(|| mean([good, good + 4], 4), MISALIGNED, "losses");
-    refused(|| mean([good; 2], 0), OUT_OF_RANGE, "tokens");
-    let scale = |p: [usize; 3], elements: usize| {
-        let kernel = GradientScale {
-            out: output(p[0]),
-            input: input(p[1]),
-            factor: input(p[2]),
-            elements,
-            bf16_elements: false,
-            accumulate: false,
-        };
-        kernel.launch(&stream())
-    };
-    refused(|| scale([0, good, good], 8), NULL, "out");
-    refused(|| scale([good, good + 8, good], 8), MISALIGNED, "in");
-    refused(|| scale([good, good, 0], 8), NULL, "factor");
-    refused(|| scale([good; 3], 0), OUT_OF_RANGE, "elements");
-    refused(|| scale([good; 3], 12), NOT_MULTIPLE, "elements");
+    refuses!(
+        CrossEntropyRows {
+            losses, dlogits[optional], logits, statistics[optional], targets;
+            tokens: 4, vocabulary: 64, factor: 1.0
+        }
+        OUT_OF_RANGE { tokens: 0; vocabulary: 0 }
+        NOT_MULTIPLE { vocabulary: 12 }
+    );
+    refuses!(
+        CrossEntropyMean { loss[unaligned], losses; tokens: 4, factor: 1.0 }
+        OUT_OF_RANGE { tokens: 0 }
+    );
+    refuses!(
+        GradientScale {
+            out, input, factor[unaligned];
+            elements: 8, bf16_elements: false, accumulate: false
+        }
+        OUT_OF_RANGE { elements: 0 }
+        NOT_MULTIPLE { elements: 12 }
+    );
 }
 
 fn agree(what: &str, device: &Tensor, cpu: &Tensor) {

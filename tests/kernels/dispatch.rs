@@ -1,7 +1,6 @@
 //! Dispatch on the simulator: every case of the library, what its flags mean, and what it refuses.
 
-use crate::support::refusals::{input, output, stream};
-use crate::support::schedules::counted;
+use crate::support::refusals::refuses;
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
 use routegrad::kernels::DispatchChoices;
 use routegrad::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
@@ -93,75 +92,12 @@ fn bytes_are_those_of_the_formula() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    struct Call {
-        pointers: [usize; 7], // offsets, row_token, row_slot, slot_row, fault, workspace, choices
-        tokens: usize,
-        experts: usize,
-        per_token: usize,
-        capacity: usize,
-    }
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let call = |change: &dyn Fn(&mut Call)| {
-        let mut a = Call {
-            pointers: [good; 7],
-            tokens: 4,
-            experts: 8,
-            per_token: 2,
-            capacity: 8,
-        };
-        change(&mut a);
-        let p = a.pointers;
+    refuses!(
         DispatchChoices {
-            offsets: output(p[0]),
-            row_token: output(p[1]),
-            row_slot: output(p[2]),
-            slot_row: output(p[3]),
-            fault: output(p[4]),
-            workspace: output(p[5]),
-            choices: input(p[6]),
-            tokens: a.tokens,
-            experts: a.experts,
-            choices_per_token: a.per_token,
-            row_capacity: a.capacity,
+            offsets, row_token, row_slot, slot_row, fault, workspace, choices;
+            tokens: 4, experts: 8, choices_per_token: 2, row_capacity: 8
         }
-        .launch(&stream())
-    };
-    let refused = |change: &dyn Fn(&mut Call), why: &str, name: &str| {
-        let mut text = String::new();
-        let launches = counted(|| text = call(change).expect_err(name).to_string()).launches;
-        assert!(
-            text.contains(&format!("argument `{name}` {why}")),
-            "{name} {why}: {text}"
-        );
-        assert_eq!(launches, 0, "{name}: something was launched");
-    };
-    for (i, name) in [
-        "offsets",
-        "row_token",
-        "row_slot",
-        "slot_row",
-        "fault",
-        "workspace",
-        "choices",
-    ]
-    .iter()
-    .enumerate()
-    {
-        refused(&|a| a.pointers[i] = 0, "is a null pointer", name);
-        refused(&|a| a.pointers[i] += 2, "is not 16-byte aligned", name);
-    }
-    let out_of_range = "is outside what the kernel can do";
-    refused(&|a| a.tokens = 0, out_of_range, "tokens");
-    refused(&|a| a.experts = 0, out_of_range, "experts");
-    refused(&|a| a.experts = 257, out_of_range, "experts");
-    refused(&|a| a.per_token = 0, out_of_range, "choices_per_token");
-    refused(&|a| a.per_token = 9, out_of_range, "choices_per_token");
-    refused(&|a| a.capacity = 0, out_of_range, "row_capacity");
-    refused(&|a| a.capacity = 1 << 31, out_of_range, "row_capacity");
-    refused(
-        &|a| a.tokens = 1 << 30,
-        "makes a product of sizes overflow",
-        "tokens",
+        OUT_OF_RANGE { tokens: 0; experts: 0, 257; choices_per_token: 0, 9; row_capacity: 0, 1 << 31 }
+        OVERFLOW { tokens: 1 << 30 }
     );
 }

@@ -1,7 +1,7 @@
 //! Token embedding on the simulator: every case of the library, every schedule, refusals, and the operation that launches
 //! the kernels.
 
-use crate::support::refusals::*;
+use crate::support::refusals::refuses;
 use crate::support::tape::tensor;
 use crate::support::{check_cases, check_schedules, counts_agree};
 use routegrad::device::Device;
@@ -36,86 +36,27 @@ fn bytes_of_rows_are_those_of_the_formula() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    type Sizes = (usize, usize, usize);
-    // y, w, ids; tokens, vocabulary, hidden
-    let forward = |p: [usize; 3], (tokens, vocabulary, hidden): Sizes| {
-        EmbeddingForward {
-            y: output(p[0]),
-            w: input(p[1]),
-            ids: input(p[2]),
-            tokens,
-            vocabulary,
-            hidden,
-        }
-        .launch(&stream())
-    };
-    // dw, parts, dy, order, keys; tokens, vocabulary, hidden
-    let gradient = |p: [usize; 5], (tokens, vocabulary, hidden): Sizes| {
+    refuses!(
+        EmbeddingForward { y, w, ids; tokens: 4, vocabulary: 8, hidden: 64 }
+        OUT_OF_RANGE { tokens: 0, 1 << 31; vocabulary: 0, (1 << 24) + 1; hidden: 0 }
+        NOT_MULTIPLE { hidden: 12 }
+    );
+    refuses!(
         EmbeddingGradient {
-            dw: output(p[0]),
-            parts: output(p[1]),
-            dy: input(p[2]),
-            order: input(p[3]),
-            keys: input(p[4]),
-            tokens,
-            vocabulary,
-            hidden,
-            accumulate: false,
+            dw, parts, dy, order, keys;
+            tokens: 4, vocabulary: 8, hidden: 64, accumulate: false
         }
-        .launch(&stream())
-    };
-    for (i, name) in ["y", "w", "ids"].into_iter().enumerate() {
-        let with = |pointer| {
-            let mut p = [good; 3];
-            p[i] = pointer;
-            forward(p, (4, 8, 64))
-        };
-        refused(|| with(0), NULL, name);
-        refused(|| with(good + 8), MISALIGNED, name);
-    }
-    for (i, name) in ["dw", "parts", "dy", "order", "keys"]
-        .into_iter()
-        .enumerate()
-    {
-        let with = |pointer| {
-            let mut p = [good; 5];
-            p[i] = pointer;
-            gradient(p, (4, 8, 64))
-        };
-        refused(|| with(0), NULL, name);
-        refused(|| with(good + 8), MISALIGNED, name);
-    }
-    for (sizes, why, name) in [
-        ((0, 8, 64), OUT_OF_RANGE, "tokens"),
-        ((1 << 31, 8, 64), OUT_OF_RANGE, "tokens"),
-        ((4, 0, 64), OUT_OF_RANGE, "vocabulary"),
-        ((4, (1 << 24) + 1, 64), OUT_OF_RANGE, "vocabulary"),
-        ((4, 8, 0), OUT_OF_RANGE, "hidden"),
-        ((4, 8, 12), NOT_MULTIPLE, "hidden"),
-    ] {
-        refused(|| forward([good; 3], sizes), why, name);
-        refused(|| gradient([good; 5], sizes), why, name);
-    }
-    // previous and row_token come together
-    let order = |previous: usize, row_token: usize, shift: usize| {
+        OUT_OF_RANGE { tokens: 0, 1 << 31; vocabulary: 0, (1 << 24) + 1; hidden: 0 }
+        NOT_MULTIPLE { hidden: 12 }
+    );
+    // previous and row_token come together.
+    refuses!(
         EmbeddingOrder {
-            order: output(good),
-            keys: output(good),
-            previous: optional(previous),
-            row_token: optional(row_token),
-            ids: input(good),
-            tokens: 4,
-            vocabulary: 8,
-            shift,
-            whole: false,
+            order, keys, previous, row_token, ids;
+            tokens: 4, vocabulary: 8, shift: 0, whole: false
         }
-        .launch(&stream())
-    };
-    refused(|| order(good, 0, 0), NULL, "row_token");
-    refused(|| order(0, good, 0), NULL, "previous");
-    refused(|| order(good, good, 32), OUT_OF_RANGE, "shift");
+        OUT_OF_RANGE { shift: 32 }
+    );
 }
 
 /// y, and the table's gradient after two passes.

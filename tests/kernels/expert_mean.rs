@@ -1,6 +1,6 @@
 //! Expert sums and means on the simulator: every case of the library, every schedule, exact counts of bytes, refusals.
 
-use crate::support::refusals::*;
+use crate::support::refusals::refuses;
 use crate::support::{check_cases, check_schedules, counts_agree};
 use routegrad::kernels::bindings::*;
 use routegrad::kernels::cost::Sizes;
@@ -65,116 +65,28 @@ fn bytes_are_those_of_the_formula() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    // sums, masses, column_sums, gates, offsets, row_token; rows, tokens, experts, hidden
-    let sums = |p: [usize; 6], n: [usize; 4]| {
+    refuses!(
         ExpertSums {
-            sums: output(p[0]),
-            masses: output(p[1]),
-            column_sums: input(p[2]),
-            gates: optional(p[3]),
-            offsets: input(p[4]),
-            row_token: input(p[5]),
-            rows: n[0],
-            tokens: n[1],
-            experts: n[2],
-            hidden: n[3],
+            sums, masses, column_sums, gates[optional], offsets, row_token;
+            rows: 4, tokens: 4, experts: 8, hidden: 64
         }
-        .launch(&stream())
-    };
-    let sizes = [4, 4, 8, 64];
-    refuses_pointers(
-        [
-            "sums",
-            "masses",
-            "column_sums",
-            "gates",
-            "offsets",
-            "row_token",
-        ],
-        &["gates"],
-        good,
-        |p| sums(p, sizes),
+        OUT_OF_RANGE { rows: 0, 1 << 31; tokens: 0; experts: 0, 257; hidden: 0 }
+        NOT_MULTIPLE { hidden: 12 }
     );
-    for (i, wrong, why, name) in [
-        (0, 0, OUT_OF_RANGE, "rows"),
-        (0, 1 << 31, OUT_OF_RANGE, "rows"),
-        (1, 0, OUT_OF_RANGE, "tokens"),
-        (2, 0, OUT_OF_RANGE, "experts"),
-        (2, 257, OUT_OF_RANGE, "experts"),
-        (3, 0, OUT_OF_RANGE, "hidden"),
-        (3, 12, NOT_MULTIPLE, "hidden"),
-    ] {
-        let mut n = sizes;
-        n[i] = wrong;
-        refused(|| sums([good; 6], n), why, name);
-    }
-    // average, column_sums, gates, offsets, row_token, beta; rows, tokens, experts, hidden; weighting
-    let mean = |p: [usize; 6], n: [usize; 4], weighting: i32| {
+    refuses!(
         ExpertMean {
-            average: output(p[0]),
-            column_sums: input(p[1]),
-            gates: optional(p[2]),
-            offsets: input(p[3]),
-            row_token: input(p[4]),
-            beta: input(p[5]),
-            rows: n[0],
-            tokens: n[1],
-            experts: n[2],
-            hidden: n[3],
-            weighting,
+            average, column_sums, gates, offsets, row_token, beta[unaligned];
+            rows: 4, tokens: 4, experts: 8, hidden: 64, weighting: ROUTEGRAD_WEIGHTING_SUM_P as i32
         }
-        .launch(&stream())
-    };
-    let by_sum = ROUTEGRAD_WEIGHTING_SUM_P as i32;
-    let names = ["average", "column_sums", "gates", "offsets", "row_token"];
-    refuses_pointers(names, &[], good, |[a, c, g, o, r]| {
-        mean([a, c, g, o, r, good], sizes, by_sum)
-    });
-    refused(
-        || mean([good, good, good, good, good, 0], sizes, by_sum),
-        NULL,
-        "beta",
+        OUT_OF_RANGE { rows: 0; tokens: 0; experts: 257; weighting: 3 }
+        NOT_MULTIPLE { hidden: 12 }
     );
-    for (n, weighting, why, name) in [
-        ([0, 4, 8, 64], 0, OUT_OF_RANGE, "rows"),
-        ([4, 0, 8, 64], 0, OUT_OF_RANGE, "tokens"),
-        ([4, 4, 257, 64], 0, OUT_OF_RANGE, "experts"),
-        ([4, 4, 8, 12], 0, NOT_MULTIPLE, "hidden"),
-        ([4, 4, 8, 64], 3, OUT_OF_RANGE, "weighting"),
-    ] {
-        refused(|| mean([good; 6], n, weighting), why, name);
-    }
-    // average, sums, masses, beta; experts, hidden; weighting
-    let update = |p: [usize; 4], n: [usize; 2], weighting: i32| {
+    refuses!(
         ExpertMeanUpdate {
-            average: output(p[0]),
-            sums: input(p[1]),
-            masses: input(p[2]),
-            beta: input(p[3]),
-            experts: n[0],
-            hidden: n[1],
-            weighting,
+            average, sums, masses, beta[unaligned];
+            experts: 8, hidden: 64, weighting: 0
         }
-        .launch(&stream())
-    };
-    for (i, name) in ["average", "sums", "masses", "beta"]
-        .into_iter()
-        .enumerate()
-    {
-        let mut p = [good; 4];
-        p[i] = 0;
-        refused(|| update(p, [8, 64], 0), NULL, name);
-    }
-    for (n, weighting, why, name) in [
-        ([0, 64], 0, OUT_OF_RANGE, "experts"),
-        ([257, 64], 0, OUT_OF_RANGE, "experts"),
-        ([8, 0], 0, OUT_OF_RANGE, "hidden"),
-        ([8, 20], 0, NOT_MULTIPLE, "hidden"),
-        ([8, 64], -1, OUT_OF_RANGE, "weighting"),
-        ([8, 64], 3, OUT_OF_RANGE, "weighting"),
-    ] {
-        refused(|| update([good; 4], n, weighting), why, name);
-    }
+        OUT_OF_RANGE { experts: 0, 257; hidden: 0; weighting: -1, 3 }
+        NOT_MULTIPLE { hidden: 20 }
+    );
 }

@@ -1,8 +1,8 @@
 //! The experts' fused products' host side: which tile each gets, and what the launchers refuse.
 
 use crate::support::outputs;
-use crate::support::refusals::{input, optional, output, stream};
-use crate::support::schedules::{counted, table};
+use crate::support::refusals::{refused, refuses, room};
+use crate::support::schedules::table;
 use routegrad::device::machine::H200_MULTIPROCESSORS;
 use routegrad::error::Result;
 use routegrad::kernels::bindings::*;
@@ -14,23 +14,6 @@ use routegrad::verify::kernels::grouped_swiglu::{BACKWARD_TILES, Backward, backw
 use routegrad::verify::kernels::operands::Gather;
 use std::sync::Arc;
 
-/// The arguments of the three launchers; each takes those that it has.
-#[derive(Clone)]
-struct Call {
-    outputs: [usize; 3],
-    inputs: [usize; 3],
-    gates: usize,
-    offsets: usize,
-    row_token: usize,
-    rows: usize,
-    tokens: usize,
-    experts: usize,
-    hidden: usize,
-    ffn: usize,
-    dot_columns: usize,
-    tile: i32,
-}
-
 fn dot_columns(
     rows: usize,
     experts: usize,
@@ -41,173 +24,59 @@ fn dot_columns(
     grouped_swiglu::dot_columns(table(), rows, experts, hidden, ffn, tile as i32)
 }
 
-fn call(launcher: &str, c: &Call) -> Result<()> {
-    let (offsets, row_token) = (optional(c.offsets), optional(c.row_token));
-    match launcher {
-        "grouped_swiglu_forward" => GroupedSwigluForward {
-            h: output(c.outputs[0]),
-            a: output(c.outputs[1]),
-            x: input(c.inputs[0]),
-            w: input(c.inputs[1]),
-            offsets,
-            row_token,
-            rows: c.rows,
-            x_rows: c.tokens,
-            experts: c.experts,
-            ffn: c.ffn,
-            hidden: c.hidden,
-            tile: c.tile,
-        }
-        .launch(&stream()),
-        "grouped_down_forward" => GroupedDownForward {
-            out: output(c.outputs[0]),
-            column_sums: (c.outputs[1] != 0).then(|| output(c.outputs[1])),
-            a: input(c.inputs[0]),
-            w: input(c.inputs[1]),
-            gates: optional(c.gates),
-            offsets,
-            row_token,
-            rows: c.rows,
-            tokens: c.tokens,
-            experts: c.experts,
-            hidden: c.hidden,
-            ffn: c.ffn,
-            tile: c.tile,
-        }
-        .launch(&stream()),
-        _ => GroupedSwigluBackward {
-            dh: output(c.outputs[0]),
-            scaled_a: output(c.outputs[1]),
-            dots: output(c.outputs[2]),
-            dout: input(c.inputs[0]),
-            w: input(c.inputs[1]),
-            h: input(c.inputs[2]),
-            gates: input(c.gates),
-            offsets,
-            row_token,
-            dout_row_token: row_token,
-            rows: c.rows,
-            dout_rows: c.tokens,
-            experts: c.experts,
-            hidden: c.hidden,
-            ffn: c.ffn,
-            dot_columns: c.dot_columns,
-            tile: c.tile,
-        }
-        .launch(&stream()),
-    }
-}
-
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 64];
-    let at = |i: usize| &room[8 * i] as *const u128 as usize;
-    let valid = Call {
-        outputs: [at(0), at(1), at(2)],
-        inputs: [at(3), at(4), at(5)],
-        gates: at(6),
-        offsets: at(7),
-        row_token: 0,
-        rows: 4,
-        tokens: 4,
-        experts: 2,
-        hidden: 8,
-        ffn: 16,
-        dot_columns: 1,
-        tile: 0,
-    };
-    let null = "is a null pointer";
-    let misaligned = "is not 16-byte aligned";
-    let range = "is outside what the kernel can do";
-    let overflow = "makes a product of sizes overflow";
-    let multiple = "is not a multiple of 8";
-    /// Launcher, outputs, inputs, the size that bounds a gather, and a tile that it has no kernel for.
-    type Signature<'a> = (&'a str, &'a [&'a str], &'a [&'a str], &'a str, i32);
-    let launchers: [Signature; 3] = [
-        (
-            "grouped_swiglu_forward",
-            &["h", "a"],
-            &["x", "w"],
-            "x_rows",
-            ROUTEGRAD_TILE_PINGPONG_128X128 as i32,
-        ),
-        (
-            "grouped_down_forward",
-            &["out"],
-            &["a", "w"],
-            "tokens",
-            ROUTEGRAD_TILE_PINGPONG_128X176 as i32,
-        ),
-        (
-            "grouped_swiglu_backward",
-            &["dh", "scaled_a", "dots"],
-            &["dout", "w", "h"],
-            "dout_rows",
-            ROUTEGRAD_TILE_COOPERATIVE_128X256 as i32,
-        ),
-    ];
-    for (launcher, output_names, input_names, height, no_kernel) in launchers {
-        let refused = |change: &dyn Fn(&mut Call), why: &str, name: &str| {
-            let mut arguments = valid.clone();
-            change(&mut arguments);
-            let mut text = String::new();
-            let run = || text = call(launcher, &arguments).expect_err(name).to_string();
-            assert_eq!(
-                counted(run).launches,
-                0,
-                "{launcher} {name}: something was launched"
-            );
-            assert!(
-                text.contains(&format!("argument `{name}` {why}")),
-                "{launcher} {name} {why}: {text}"
-            );
-        };
-        for (i, name) in output_names.iter().enumerate() {
-            refused(&|c| c.outputs[i] = 0, null, name);
-            refused(&|c| c.outputs[i] += 8, misaligned, name);
+    refuses!(
+        GroupedSwigluForward {
+            h, a, x, w, offsets[unaligned];
+            row_token: None, rows: 4, x_rows: 4, experts: 2, ffn: 16, hidden: 8, tile: 0
         }
-        for (i, name) in input_names.iter().enumerate() {
-            refused(&|c| c.inputs[i] = 0, null, name);
-            refused(&|c| c.inputs[i] += 2, misaligned, name);
+        OUT_OF_RANGE {
+            hidden: 0; ffn: 0; experts: 0; rows: 0, 1 << 31; x_rows: 3;
+            tile: 6, ROUTEGRAD_TILE_PINGPONG_128X128 as i32
         }
-        refused(&|c| c.offsets = 0, null, "offsets");
-        refused(&|c| c.hidden = 20, multiple, "hidden");
-        refused(&|c| c.ffn = 1, multiple, "ffn");
-        refused(&|c| c.hidden = 0, range, "hidden");
-        refused(&|c| c.ffn = 0, range, "ffn");
-        refused(&|c| c.experts = 0, range, "experts");
-        refused(&|c| c.rows = 0, range, "rows");
-        refused(&|c| c.rows = 1 << 31, range, "rows");
-        refused(&|c| c.tokens = 3, range, height);
-        refused(&|c| c.tile = 6, range, "tile");
-        refused(&|c| c.tile = no_kernel, range, "tile");
-        let last = if launcher == "grouped_swiglu_forward" {
-            "hidden"
-        } else {
-            "ffn"
-        };
-        refused(&|c| (c.hidden, c.ffn) = (1 << 20, 1 << 20), overflow, last);
-        let many = |c: &mut Call| {
-            (c.rows, c.tokens, c.hidden, c.ffn) = (1 << 30, 1 << 30, 1 << 16, 1 << 16)
-        };
-        refused(&many, overflow, "rows");
-        match launcher {
-            "grouped_down_forward" => refused(&|c| c.outputs[1] += 4, misaligned, "column_sums"),
-            "grouped_swiglu_backward" => {
-                refused(&|c| c.inputs[2] = c.outputs[0], range, "h");
-                refused(&|c| c.gates = 0, null, "gates");
-                refused(&|c| c.dot_columns = 2, range, "dot_columns");
-            }
-            _ => {}
+        NOT_MULTIPLE { hidden: 20; ffn: 1 }
+        OVERFLOW {
+            [ffn: 1 << 20] hidden: 1 << 20;
+            [x_rows: 1 << 30, hidden: 1 << 16, ffn: 1 << 16] rows: 1 << 30
         }
-    }
-    let wrong_tile = dot_columns(4, 2, 8, 16, ROUTEGRAD_TILE_COOPERATIVE_128X256);
-    assert!(
-        wrong_tile
-            .unwrap_err()
-            .to_string()
-            .contains("argument `tile`")
     );
+    refuses!(
+        GroupedDownForward {
+            out, column_sums[optional], a, w, offsets[unaligned];
+            gates: Pointer::good(), row_token: None, rows: 4, tokens: 4, experts: 2, hidden: 8,
+            ffn: 16, tile: 0
+        }
+        OUT_OF_RANGE {
+            hidden: 0; ffn: 0; experts: 0; rows: 0, 1 << 31; tokens: 3;
+            tile: 6, ROUTEGRAD_TILE_PINGPONG_128X176 as i32
+        }
+        NOT_MULTIPLE { hidden: 20; ffn: 1 }
+        OVERFLOW {
+            [hidden: 1 << 20] ffn: 1 << 20;
+            [tokens: 1 << 30, hidden: 1 << 16, ffn: 1 << 16] rows: 1 << 30
+        }
+    );
+    refuses!(
+        GroupedSwigluBackward {
+            dh, scaled_a, dots, dout, w, h, gates[unaligned], offsets[unaligned];
+            row_token: None, dout_row_token: None, rows: 4, dout_rows: 4, experts: 2, hidden: 8,
+            ffn: 16, dot_columns: 1, tile: 0
+        }
+        OUT_OF_RANGE {
+            // h may not be where dh is written.
+            h: Pointer::at(room(true));
+            hidden: 0; ffn: 0; experts: 0; rows: 0, 1 << 31; dout_rows: 3; dot_columns: 2;
+            tile: 6, ROUTEGRAD_TILE_COOPERATIVE_128X256 as i32
+        }
+        NOT_MULTIPLE { hidden: 20; ffn: 1 }
+        OVERFLOW {
+            [hidden: 1 << 20] ffn: 1 << 20;
+            [dout_rows: 1 << 30, hidden: 1 << 16, ffn: 1 << 16] rows: 1 << 30
+        }
+    );
+    let wrong_tile = dot_columns(4, 2, 8, 16, ROUTEGRAD_TILE_COOPERATIVE_128X256);
+    refused(|| wrong_tile.map(|_| ()), "", "tile");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The gates' gradient on the simulator: every case of the library, every schedule, exact counts of work and bytes,
 //! refusals.
 
-use crate::support::refusals::*;
+use crate::support::refusals::refuses;
 use crate::support::schedules::counted;
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
 use routegrad::kernels::cost::{Cost, Sizes};
@@ -64,84 +64,26 @@ fn rows_are_stored_once_however_many_experts_there_are() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    // dgates, g_rows, g, vectors, slot_row; tokens, rows, experts, hidden, slots
-    let dots = |p: [usize; 5], n: [usize; 5]| {
-        DefaultDots {
-            dgates: output(p[0]),
-            g_rows: (p[1] != 0).then(|| output(p[1])),
-            g: input(p[2]),
-            vectors: input(p[3]),
-            slot_row: optional(p[4]),
-            tokens: n[0],
-            rows: n[1],
-            experts: n[2],
-            hidden: n[3],
-            slots: n[4],
-        }
-        .launch(&stream())
-    };
-    let sizes = [4, 8, 8, 64, 2];
     // Rows want their slots, and slots their rows.
-    let names = ["dgates", "g_rows", "g", "vectors", "slot_row"];
-    refuses_pointers(names, &[], good, |p| dots(p, sizes));
-    for (i, wrong, why, name) in [
-        (0, 0, OUT_OF_RANGE, "tokens"),
-        (0, 1 << 31, OUT_OF_RANGE, "tokens"),
-        (0, 1 << 30, OVERFLOW, "tokens"),
-        (1, 0, OUT_OF_RANGE, "rows"),
-        (1, 1 << 31, OUT_OF_RANGE, "rows"),
-        (2, 0, OUT_OF_RANGE, "experts"),
-        (2, 257, OUT_OF_RANGE, "experts"),
-        (3, 0, OUT_OF_RANGE, "hidden"),
-        (3, 36, NOT_MULTIPLE, "hidden"),
-        (4, 0, OUT_OF_RANGE, "slots"),
-        (4, 9, OUT_OF_RANGE, "slots"),
-    ] {
-        let mut n = sizes;
-        n[i] = wrong;
-        refused(|| dots([good; 5], n), why, name);
-    }
-    // dgates, dots, slot_row, choices; tokens, rows, experts, slots, dot_columns
-    let gates = |p: [usize; 4], n: [usize; 5]| {
-        GateGradient {
-            dgates: output(p[0]),
-            dots: input(p[1]),
-            slot_row: input(p[2]),
-            choices: optional(p[3]),
-            tokens: n[0],
-            rows: n[1],
-            experts: n[2],
-            slots: n[3],
-            dot_columns: n[4],
-            keep: true,
+    refuses!(
+        DefaultDots {
+            dgates, g_rows, g, vectors, slot_row;
+            tokens: 4, rows: 8, experts: 8, hidden: 64, slots: 2
         }
-        .launch(&stream())
-    };
-    let sizes = [4, 8, 8, 2, 3];
-    let names = ["dgates", "dots", "slot_row", "choices"];
-    refuses_pointers(names, &["choices"], good, |p| gates(p, sizes));
-    // Without choices every expert is a slot.
-    refused(
-        || gates([good, good, good, 0], sizes),
-        OUT_OF_RANGE,
-        "slots",
+        OUT_OF_RANGE { tokens: 0, 1 << 31; rows: 0, 1 << 31; experts: 0, 257; hidden: 0; slots: 0, 9 }
+        OVERFLOW { tokens: 1 << 30 }
+        NOT_MULTIPLE { hidden: 36 }
     );
-    for (i, wrong, why, name) in [
-        (0, 0, OUT_OF_RANGE, "tokens"),
-        (0, 1 << 31, OUT_OF_RANGE, "tokens"),
-        (0, 1 << 30, OVERFLOW, "tokens"),
-        (1, 0, OUT_OF_RANGE, "rows"),
-        (1, 1 << 31, OUT_OF_RANGE, "rows"),
-        (2, 0, OUT_OF_RANGE, "experts"),
-        (2, 257, OUT_OF_RANGE, "experts"),
-        (3, 0, OUT_OF_RANGE, "slots"),
-        (3, 9, OUT_OF_RANGE, "slots"),
-        (4, 0, OUT_OF_RANGE, "dot_columns"),
-    ] {
-        let mut n = sizes;
-        n[i] = wrong;
-        refused(|| gates([good; 4], n), why, name);
-    }
+    refuses!(
+        GateGradient {
+            dgates, dots, slot_row, choices[optional];
+            tokens: 4, rows: 8, experts: 8, slots: 2, dot_columns: 3, keep: true
+        }
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; rows: 0, 1 << 31; experts: 0, 257; slots: 0, 9; dot_columns: 0;
+            // Without choices every expert is a slot.
+            [choices: None] slots: 2
+        }
+        OVERFLOW { tokens: 1 << 30 }
+    );
 }

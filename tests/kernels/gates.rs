@@ -1,15 +1,14 @@
 //! Gates of chosen and of sampled experts and the losses' scalars on the simulator: every case of the library, every
 //! schedule, refusals, and the operations that launch them.
 
-use crate::support::refusals::{
-    NULL, OUT_OF_RANGE, input, output, refused, refuses_pointers, stream,
-};
+use crate::support::refusals::{Pointer, refuses};
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
 use routegrad::error::Result;
-use routegrad::kernels::balance;
+use routegrad::kernels::balance::*;
 use routegrad::kernels::bindings::routegrad_draws;
-use routegrad::kernels::gates::{self, SelectedGates, SelectedGatesBackward};
+use routegrad::kernels::gates::*;
+use routegrad::kernels::{In, Out};
 use routegrad::ops::balance::{auxiliary_loss, weighted_sum};
 use routegrad::ops::dispatch::{Dispatch, Selection};
 use routegrad::ops::renormalize::renormalize;
@@ -192,175 +191,57 @@ fn the_losses_run_as_kernels_and_agree_with_the_cpu() {
 
 #[test]
 fn refused_gates_are_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let forward = |p: [usize; 4], [tokens, rows, experts, slots]: [usize; 4]| {
-        let kernel = SelectedGates {
-            w: output(p[0]),
-            p: input(p[1]),
-            slot_row: input(p[2]),
-            choices: (p[3] != 0).then(|| input(p[3])),
-            tokens,
-            rows,
-            experts,
-            slots,
-            renormalize: true,
-        };
-        kernel.launch(&stream())
-    };
-    let backward = |p: [usize; 5], [tokens, rows, experts, slots]: [usize; 4]| {
-        let kernel = SelectedGatesBackward {
-            dp: output(p[0]),
-            dw: input(p[1]),
-            p: input(p[2]),
-            slot_row: input(p[3]),
-            choices: (p[4] != 0).then(|| input(p[4])),
-            tokens,
-            rows,
-            experts,
-            slots,
-            renormalize: true,
-            through: false,
-        };
-        kernel.launch(&stream())
-    };
-    let sizes = [4, 8, 8, 2];
-    refuses_pointers(["w", "p", "slot_row", "choices"], &["choices"], good, |p| {
-        forward(p, sizes)
-    });
-    refuses_pointers(
-        ["dp", "dw", "p", "slot_row", "choices"],
-        &["choices"],
-        good,
-        |p| backward(p, sizes),
+    refuses!(
+        SelectedGates {
+            w, p, slot_row, choices[optional];
+            tokens: 4, rows: 8, experts: 8, slots: 2, renormalize: true
+        }
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; rows: 0; experts: 0, 257; slots: 0, 9;
+            // Without a list slot i is that of expert i.
+            [choices: None] slots: 2
+        }
     );
-    for (i, wrong, name) in [
-        (0, 0, "tokens"),
-        (0, 1 << 31, "tokens"),
-        (1, 0, "rows"),
-        (2, 0, "experts"),
-        (2, 257, "experts"),
-        (3, 0, "slots"),
-        (3, 9, "slots"),
-    ] {
-        let mut n = sizes;
-        n[i] = wrong;
-        refused(|| forward([good; 4], n), OUT_OF_RANGE, name);
-        refused(|| backward([good; 5], n), OUT_OF_RANGE, name);
-    }
-    // Without a list slot i is that of expert i.
-    refused(
-        || forward([good, good, good, 0], sizes),
-        OUT_OF_RANGE,
-        "slots",
+    refuses!(
+        SelectedGatesBackward {
+            dp, dw, p, slot_row, choices[optional];
+            tokens: 4, rows: 8, experts: 8, slots: 2, renormalize: true, through: false
+        }
+        OUT_OF_RANGE { tokens: 0, 1 << 31; rows: 0; experts: 0, 257; slots: 0, 9 }
     );
 }
 
 #[test]
 fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let sampled = |p: [usize; 5], [tokens, experts, stages]: [usize; 3], back: bool| match back {
-        false => gates::SampledGates {
-            w: output(p[0]),
-            factors: input(p[1]),
-            logits: input(p[2]),
-            experts_chosen: input(p[3]),
-            kept: input(p[4]),
-            tokens,
-            experts,
-            stages,
+    refuses!(
+        SampledGates { w, factors, logits, experts_chosen, kept; tokens: 4, experts: 8, stages: 2 }
+        OUT_OF_RANGE { tokens: 0; experts: 0, 257; stages: 0, 3 }
+    );
+    refuses!(
+        SampledGatesBackward {
+            dz, dw, logits, experts_chosen, kept;
+            tokens: 4, experts: 8, stages: 2, estimator: 1.0
         }
-        .launch(&stream()),
-        true => gates::SampledGatesBackward {
-            dz: output(p[0]),
-            dw: input(p[1]),
-            logits: input(p[2]),
-            experts_chosen: input(p[3]),
-            kept: input(p[4]),
-            tokens,
-            experts,
-            stages,
-            estimator: 1.0,
-        }
-        .launch(&stream()),
-    };
-    let names = ["w", "factors", "logits", "experts_chosen", "kept"];
-    refuses_pointers(names, &[], good, |p| sampled(p, [4, 8, 2], false));
-    let names = ["dz", "dw", "logits", "experts_chosen", "kept"];
-    refuses_pointers(names, &[], good, |p| sampled(p, [4, 8, 2], true));
-    for (n, name) in [
-        ([0, 8, 2], "tokens"),
-        ([4, 0, 2], "experts"),
-        ([4, 257, 2], "experts"),
-        ([4, 8, 0], "stages"),
-        ([4, 8, 3], "stages"),
-    ] {
-        for back in [false, true] {
-            refused(|| sampled([good; 5], n, back), OUT_OF_RANGE, name);
-        }
-    }
-    let auxiliary = |p: [usize; 3], experts: usize, back: bool| match back {
-        false => balance::AuxiliaryLoss {
-            loss: output(p[0]),
-            mean: input(p[1]),
-            fractions: input(p[2]),
-            experts,
-        }
-        .launch(&stream()),
-        true => balance::AuxiliaryLossBackward {
-            dmean: output(p[0]),
-            dloss: input(p[1]),
-            fractions: input(p[2]),
-            experts,
-        }
-        .launch(&stream()),
-    };
-    for (i, forward, back) in [
-        (0, "loss", "dmean"),
-        (1, "mean", "dloss"),
-        (2, "fractions", "fractions"),
-    ] {
-        let mut p = [good; 3];
-        p[i] = 0;
-        refused(|| auxiliary(p, 8, false), NULL, forward);
-        refused(|| auxiliary(p, 8, true), NULL, back);
-    }
-    for experts in [0, 257] {
-        for back in [false, true] {
-            refused(
-                || auxiliary([good; 3], experts, back),
-                OUT_OF_RANGE,
-                "experts",
-            );
-        }
-    }
-    let scalars = |term: usize, count: usize, back: bool| {
-        let addresses = || {
-            [good]
-                .into_iter()
-                .chain(vec![term; count.saturating_sub(1)])
-        };
-        match back {
-            false => balance::WeightedSum {
-                out: output(good),
-                terms: &addresses().map(input).collect(),
-                coefficients: input(good),
-                count,
-            }
-            .launch(&stream()),
-            true => balance::WeightedSumBackward {
-                dterms: &addresses().map(output).collect(),
-                dout: input(good),
-                coefficients: input(good),
-                count,
-            }
-            .launch(&stream()),
-        }
-    };
-    for (back, name) in [(false, "terms"), (true, "dterms")] {
-        refused(|| scalars(0, 2, back), NULL, name);
-        refused(|| scalars(good, 0, back), OUT_OF_RANGE, "count");
-        refused(|| scalars(good, 129, back), OUT_OF_RANGE, "count");
-    }
+        OUT_OF_RANGE { tokens: 0; experts: 0, 257; stages: 0, 3 }
+    );
+    refuses!(
+        AuxiliaryLoss { loss[unaligned], mean, fractions; experts: 8 }
+        OUT_OF_RANGE { experts: 0, 257 }
+    );
+    refuses!(
+        AuxiliaryLossBackward { dmean, dloss[unaligned], fractions; experts: 8 }
+        OUT_OF_RANGE { experts: 0, 257 }
+    );
+    let (two, many) = ([0, 1].map(|_| In::good()), [0; 129].map(|_| In::good()));
+    refuses!(
+        WeightedSum { out[unaligned], coefficients; terms: &two.into_iter().collect(), count: 2 }
+        NULL { terms: &[In::good(), In::at(0)].into_iter().collect() }
+        OUT_OF_RANGE { [terms: &many.into_iter().collect()] count: 0, 129 }
+    );
+    let (two, many) = ([0, 1].map(|_| Out::good()), [0; 129].map(|_| Out::good()));
+    refuses!(
+        WeightedSumBackward { dout[unaligned], coefficients; dterms: &two.into_iter().collect(), count: 2 }
+        NULL { dterms: &[Out::good(), Out::at(0)].into_iter().collect() }
+        OUT_OF_RANGE { [dterms: &many.into_iter().collect()] count: 0, 129 }
+    );
 }

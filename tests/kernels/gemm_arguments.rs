@@ -1,7 +1,7 @@
 //! The grouped GEMMs' host side: which tile a product gets, and what the launchers refuse.
 
-use crate::support::refusals::{input, optional, output, stream};
-use crate::support::schedules::{counted, table};
+use crate::support::refusals::refuses;
+use crate::support::schedules::table;
 use routegrad::device::machine::H200_MULTIPROCESSORS;
 use routegrad::kernels::bindings::*;
 use routegrad::kernels::grouped_gemm::{self, Plan};
@@ -115,159 +115,47 @@ fn a_small_problem_gets_no_more_blocks_than_tiles() {
     assert_eq!(plan(WEIGHT_GRADIENT, 1, 3, 8, 8).blocks, 3);
 }
 
-/// The arguments of a weight gradient, or what the other products need of them.
-#[derive(Clone)]
-struct Call {
-    out: usize,
-    a: usize,
-    b: usize,
-    offsets: usize,
-    a_index: usize,
-    b_index: usize,
-    rows: usize,
-    a_rows: usize,
-    b_rows: usize,
-    experts: usize,
-    n: usize,
-    k: usize,
-    tile: i32,
-}
-
-fn call(product: u32, c: &Call) -> routegrad::error::Result<()> {
-    let (offsets, row_token) = (optional(c.offsets), optional(c.a_index));
-    match product {
-        FORWARD => GroupedGemmForward {
-            out: output(c.out),
-            x: input(c.a),
-            w: input(c.b),
-            offsets,
-            row_token,
-            rows: c.rows,
-            x_rows: c.a_rows,
-            experts: c.experts,
-            n: c.n,
-            k: c.k,
-            tile: c.tile,
-        }
-        .launch(&stream()),
-        INPUT_GRADIENT => GroupedGemmInputGradient {
-            dx: output(c.out),
-            dout: input(c.a),
-            w: input(c.b),
-            offsets,
-            row_token,
-            rows: c.rows,
-            dout_rows: c.a_rows,
-            experts: c.experts,
-            n: c.n,
-            k: c.k,
-            tile: c.tile,
-        }
-        .launch(&stream()),
-        _ => GroupedGemmWeightGradient {
-            dw: output(c.out),
-            dout: input(c.a),
-            x: input(c.b),
-            offsets,
-            dout_row_token: row_token,
-            x_row_token: optional(c.b_index),
-            rows: c.rows,
-            dout_rows: c.a_rows,
-            x_rows: c.b_rows,
-            experts: c.experts,
-            n: c.n,
-            k: c.k,
-            accumulate: false,
-            tile: c.tile,
-        }
-        .launch(&stream()),
-    }
-}
-
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let valid = Call {
-        out: good,
-        a: good,
-        b: good,
-        offsets: good,
-        a_index: 0,
-        b_index: 0,
-        rows: 4,
-        a_rows: 4,
-        b_rows: 4,
-        experts: 2,
-        n: 16,
-        k: 8,
-        tile: 0,
-    };
-    let null = "is a null pointer";
-    let misaligned = "is not 16-byte aligned";
-    let range = "is outside what the kernel can do";
-    let overflow = "makes a product of sizes overflow";
-    let multiple = "is not a multiple of 8";
-    // Per product, the names of: out, a, b, rows of a.
-    let products = [
-        (FORWARD, ["out", "x", "w", "x_rows"]),
-        (INPUT_GRADIENT, ["dx", "dout", "w", "dout_rows"]),
-        (WEIGHT_GRADIENT, ["dw", "dout", "x", "dout_rows"]),
-    ];
-    for (product, [out, a, b, a_rows]) in products {
-        let refused = |change: &dyn Fn(&mut Call), why: &str, name: &str| {
-            let mut arguments = valid.clone();
-            change(&mut arguments);
-            let mut text = String::new();
-            let launches =
-                counted(|| text = call(product, &arguments).expect_err(name).to_string()).launches;
-            assert!(
-                text.contains(&format!("argument `{name}` {why}")),
-                "{name} {why}: {text}"
-            );
-            assert_eq!(launches, 0, "{name}: something was launched");
-        };
-        refused(&|c| c.out = 0, null, out);
-        refused(&|c| c.a = 0, null, a);
-        refused(&|c| c.b = 0, null, b);
-        refused(&|c| c.offsets = 0, null, "offsets");
-        refused(&|c| c.out += 8, misaligned, out);
-        refused(&|c| c.a += 2, misaligned, a);
-        refused(&|c| c.b += 4, misaligned, b);
-        refused(&|c| c.n = 20, multiple, "n");
-        refused(&|c| c.k = 1, multiple, "k");
-        refused(&|c| c.n = 0, range, "n");
-        refused(&|c| c.k = 0, range, "k");
-        refused(&|c| c.experts = 0, range, "experts");
-        refused(&|c| c.rows = 0, range, "rows");
-        refused(&|c| c.rows = 1 << 31, range, "rows");
-        refused(&|c| c.a_rows = 3, range, a_rows);
-        refused(&|c| c.tile = 8, range, "tile");
-        refused(&|c| c.tile = -1, range, "tile");
-        refused(&|c| (c.n, c.k) = (1 << 20, 1 << 20), overflow, "k");
-        if product == WEIGHT_GRADIENT {
-            refused(&|c| c.b_rows = 3, range, "x_rows");
-            refused(
-                &|c| (c.a_index, c.b_index) = (good, good),
-                range,
-                "x_row_token",
-            );
-            refused(
-                &|c| c.tile = ROUTEGRAD_TILE_PINGPONG_128X176 as i32,
-                range,
-                "tile",
-            );
-            refused(
-                &|c| (c.experts, c.n, c.k) = (1 << 16, 1 << 17, 1 << 17),
-                overflow,
-                "rows",
-            );
-        } else {
-            refused(
-                &|c| (c.rows, c.a_rows, c.n, c.k) = (1 << 30, 1 << 30, 1 << 16, 1 << 16),
-                overflow,
-                "rows",
-            );
+    refuses!(
+        GroupedGemmForward {
+            out, x, w, offsets[unaligned];
+            row_token: None, rows: 4, x_rows: 4, experts: 2, n: 16, k: 8, tile: 0
         }
-    }
+        OUT_OF_RANGE { n: 0; k: 0; experts: 0; rows: 0, 1 << 31; x_rows: 3; tile: 8, -1 }
+        NOT_MULTIPLE { n: 20; k: 1 }
+        OVERFLOW {
+            [n: 1 << 20] k: 1 << 20;
+            [x_rows: 1 << 30, n: 1 << 16, k: 1 << 16] rows: 1 << 30
+        }
+    );
+    refuses!(
+        GroupedGemmInputGradient {
+            dx, dout, w, offsets[unaligned];
+            row_token: None, rows: 4, dout_rows: 4, experts: 2, n: 16, k: 8, tile: 0
+        }
+        OUT_OF_RANGE { n: 0; k: 0; experts: 0; rows: 0, 1 << 31; dout_rows: 3; tile: 8, -1 }
+        NOT_MULTIPLE { n: 20; k: 1 }
+        OVERFLOW {
+            [n: 1 << 20] k: 1 << 20;
+            [dout_rows: 1 << 30, n: 1 << 16, k: 1 << 16] rows: 1 << 30
+        }
+    );
+    refuses!(
+        GroupedGemmWeightGradient {
+            dw, dout, x, offsets[unaligned];
+            dout_row_token: None, x_row_token: None, rows: 4, dout_rows: 4, x_rows: 4, experts: 2,
+            n: 16, k: 8, accumulate: false, tile: 0
+        }
+        OUT_OF_RANGE {
+            n: 0; k: 0; experts: 0; rows: 0, 1 << 31; dout_rows: 3; x_rows: 3;
+            [dout_row_token: Pointer::good()] x_row_token: Pointer::good();
+            tile: 8, -1, ROUTEGRAD_TILE_PINGPONG_128X176 as i32
+        }
+        NOT_MULTIPLE { n: 20; k: 1 }
+        OVERFLOW {
+            [n: 1 << 20] k: 1 << 20;
+            [experts: 1 << 16, n: 1 << 17, k: 1 << 17] rows: 4
+        }
+    );
 }

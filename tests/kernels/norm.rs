@@ -1,9 +1,7 @@
 //! Norms on the simulator: every case of the library, every schedule, exact counts of bytes, refusals, and the operations
 //! that launch them.
 
-use crate::support::refusals::{
-    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, input, output, refused, refuses_pointers, stream,
-};
+use crate::support::refusals::{NOT_MULTIPLE, OUT_OF_RANGE, refused, refuses, stream};
 use crate::support::schedules::{counted, table, with_options};
 use crate::support::tape::{close, var};
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
@@ -68,79 +66,24 @@ fn bytes_are_those_of_the_formula() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let forward = |p: [usize; 6], (rows, hidden, eps): (usize, usize, f32)| {
-        let kernel = NormForward {
-            y: output(p[0]),
-            sum: Some(output(p[1])),
-            x: input(p[2]),
-            residual: Some(input(p[3])),
-            weight: input(p[4]),
-            bias: Some(input(p[5])),
-            rows,
-            hidden,
-            eps,
-        };
-        kernel.launch(&stream())
-    };
-    let sizes = (4, 64, 1e-5);
-    refuses_pointers(
-        ["y", "sum", "x", "residual", "weight", "bias"],
-        &["bias"],
-        good,
-        |p| forward(p, sizes),
+    refuses!(
+        NormForward { y, sum, x, residual, weight, bias[optional]; rows: 4, hidden: 64, eps: 1e-5 }
+        OUT_OF_RANGE { rows: 0, 1 << 31; hidden: 0, 8200; eps: -1.0, f32::NAN }
+        NOT_MULTIPLE { hidden: 12 }
     );
-    let bad_sizes = [
-        ((0, 64, 1e-5), OUT_OF_RANGE, "rows"),
-        ((1 << 31, 64, 1e-5), OUT_OF_RANGE, "rows"),
-        ((4, 0, 1e-5), OUT_OF_RANGE, "hidden"),
-        ((4, 8200, 1e-5), OUT_OF_RANGE, "hidden"),
-        ((4, 12, 1e-5), NOT_MULTIPLE, "hidden"),
-        ((4, 64, -1.0), OUT_OF_RANGE, "eps"),
-        ((4, 64, f32::NAN), OUT_OF_RANGE, "eps"),
-    ];
-    for (sizes, why, name) in bad_sizes {
-        refused(|| forward([good; 6], sizes), why, name);
-    }
-    let backward = |p: [usize; 6], (rows, hidden, eps): (usize, usize, f32), layernorm: bool| {
-        let kernel = NormBackward {
-            dx: output(p[0]),
-            partials: output(p[1]),
-            dy: input(p[2]),
-            skip: Some(input(p[3])),
-            x: input(p[4]),
-            weight: input(p[5]),
-            rows,
-            hidden,
-            layernorm,
-            eps,
-        };
-        kernel.launch(&stream())
-    };
-    refuses_pointers(
-        ["dx", "partials", "dy", "skip", "x", "weight"],
-        &["skip"],
-        good,
-        |p| backward(p, sizes, false),
+    refuses!(
+        NormBackward {
+            dx, partials, dy, skip[optional], x, weight;
+            rows: 4, hidden: 64, layernorm: true, eps: 1e-5
+        }
+        OUT_OF_RANGE { rows: 0, 1 << 31; hidden: 0, 8200; eps: -1.0, f32::NAN }
+        NOT_MULTIPLE { hidden: 12 }
     );
-    for (sizes, why, name) in bad_sizes {
-        refused(|| backward([good; 6], sizes, true), why, name);
-    }
-    let sum = |p: [usize; 2], rows: usize, hidden: usize| {
-        let kernel = NormWeightGradient {
-            gradient: output(p[0]),
-            partials: input(p[1]),
-            rows,
-            hidden,
-            accumulate: false,
-        };
-        kernel.launch(&stream())
-    };
-    refused(|| sum([0, good], 4, 64), NULL, "gradient");
-    refused(|| sum([good, good + 4], 4, 64), MISALIGNED, "partials");
-    refused(|| sum([good; 2], 0, 64), OUT_OF_RANGE, "rows");
-    refused(|| sum([good; 2], 4, 20), NOT_MULTIPLE, "hidden");
+    refuses!(
+        NormWeightGradient { gradient, partials; rows: 4, hidden: 64, accumulate: false }
+        OUT_OF_RANGE { rows: 0 }
+        NOT_MULTIPLE { hidden: 20 }
+    );
     let lengths = |rows, hidden| partials(table(), rows, hidden).map(|_| ());
     refused(|| lengths(0, 64), OUT_OF_RANGE, "rows");
     refused(|| lengths(4, 20), NOT_MULTIPLE, "hidden");

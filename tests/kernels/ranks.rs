@@ -1,6 +1,6 @@
 //! Sums over ranks on the simulator: every case of the library, every schedule, refusals.
 
-use crate::support::refusals::{NULL, OUT_OF_RANGE, input, output, refused, stream};
+use crate::support::refusals::refuses;
 use crate::support::{check_cases, check_schedules};
 use routegrad::kernels::ranks::{LoadShares, RankFlags, RankSums};
 
@@ -24,43 +24,16 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let sums = |out: usize, rows: usize, ranks: usize, stride: usize, elements: usize| {
-        let kernel = RankSums {
-            out: output(out),
-            rows: input(rows),
-            ranks,
-            stride,
-            elements,
-        };
-        kernel.launch(&stream())
-    };
-    refused(|| sums(0, good, 2, 8, 8), NULL, "out");
-    refused(|| sums(good, 0, 2, 8, 8), NULL, "rows");
-    refused(|| sums(good, good, 0, 8, 8), OUT_OF_RANGE, "ranks");
-    refused(|| sums(good, good, 5000, 8, 8), OUT_OF_RANGE, "ranks");
-    refused(|| sums(good, good, 2, 7, 8), OUT_OF_RANGE, "stride");
-    refused(|| sums(good, good, 2, 8, 0), OUT_OF_RANGE, "elements");
-    let flags = |ranks: usize, layers: usize| {
-        let kernel = RankFlags {
-            flags: output(good),
-            rows: input(good),
-            ranks,
-            layers,
-        };
-        kernel.launch(&stream())
-    };
-    refused(|| flags(0, 2), OUT_OF_RANGE, "ranks");
-    refused(|| flags(2, 0), OUT_OF_RANGE, "layers");
-    let shares = |fractions: usize, experts: usize| {
-        let kernel = LoadShares {
-            fractions: output(fractions),
-            load: input(good),
-            experts,
-        };
-        kernel.launch(&stream())
-    };
-    refused(|| shares(0, 8), NULL, "fractions");
-    refused(|| shares(good, 257), OUT_OF_RANGE, "experts");
+    refuses!(
+        RankSums { out[unaligned], rows[unaligned]; ranks: 2, stride: 8, elements: 8 }
+        OUT_OF_RANGE { ranks: 0, 5000; stride: 7; elements: 0 }
+    );
+    refuses!(
+        RankFlags { flags[unaligned], rows[unaligned]; ranks: 2, layers: 2 }
+        OUT_OF_RANGE { ranks: 0; layers: 0 }
+    );
+    refuses!(
+        LoadShares { fractions[unaligned], load[unaligned]; experts: 8 }
+        OUT_OF_RANGE { experts: 257 }
+    );
 }

@@ -1,13 +1,13 @@
 //! Rotary position embedding on the simulator: every case of the library, every schedule, exact counts of bytes, refusals,
 //! and the operation that launches it.
 
-use crate::support::refusals::*;
+use crate::support::refusals::refuses;
 use crate::support::tape::{close, scaled, tensor, var};
 use crate::support::{check_cases, check_schedules, counts_agree};
 use routegrad::device::Device;
 use routegrad::error::Result;
 use routegrad::kernels::bindings::ROUTEGRAD_TILE_COOPERATIVE_128X256;
-use routegrad::kernels::{self, QkvRopeForward};
+use routegrad::kernels::{QkvRopeForward, Rope};
 use routegrad::ops::attention::rotary::{Places, projected_attention};
 use routegrad::ops::heads::Heads;
 use routegrad::ops::rope::{RopeTables, rope};
@@ -45,57 +45,25 @@ fn bytes_are_those_of_the_formula() {
     };
     counts_agree(
         &problem(shape, false, false),
-        kernels::Rope::cost(shape.tokens(), shape.sequence, 4, 2, 64),
+        Rope::cost(shape.tokens(), shape.sequence, 4, 2, 64),
     );
 }
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    // y, x, cosines, sines; tokens; sequence, heads, key and value heads, head width
-    let turn = |p: [usize; 4], tokens: usize, s: [usize; 4]| {
-        kernels::Rope {
-            y: output(p[0]),
-            x: input(p[1]),
-            cosines: input(p[2]),
-            sines: input(p[3]),
-            tokens,
-            sequence: s[0],
-            heads: s[1],
-            key_value_heads: s[2],
-            head_width: s[3],
-            back: false,
+    refuses!(
+        Rope {
+            y, x, cosines, sines;
+            tokens: 4, sequence: 4, heads: 2, key_value_heads: 1, head_width: 16, back: false
         }
-        .launch(&stream())
-    };
-    let sizes = [4, 2, 1, 16];
-    refuses_pointers(["y", "x", "cosines", "sines"], &[], good, |p| {
-        turn(p, 4, sizes)
-    });
-    for tokens in [0, 1 << 31] {
-        refused(|| turn([good; 4], tokens, sizes), OUT_OF_RANGE, "tokens");
-    }
-    let wide = [4, 1024, 1024, 1024];
-    refused(
-        || turn([good; 4], i32::MAX as usize, wide),
-        OVERFLOW,
-        "tokens",
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; sequence: 0; heads: 0, 1025; key_value_heads: 0, 3;
+            head_width: 0, 24, 1040
+        }
+        OVERFLOW {
+            [heads: 1024, key_value_heads: 1024, head_width: 1024] tokens: i32::MAX as usize
+        }
     );
-    for (i, bad, name) in [
-        (0, 0, "sequence"),
-        (1, 0, "heads"),
-        (1, 1025, "heads"),
-        (2, 0, "key_value_heads"),
-        (2, 3, "key_value_heads"),
-        (3, 0, "head_width"),
-        (3, 24, "head_width"),
-        (3, 1040, "head_width"),
-    ] {
-        let mut s = sizes;
-        s[i] = bad;
-        refused(|| turn([good; 4], 4, s), OUT_OF_RANGE, name);
-    }
 }
 
 #[test]
@@ -116,51 +84,16 @@ fn bytes_and_operations_of_the_projection_are_those_of_the_formula() {
 
 #[test]
 fn a_refused_argument_of_the_projection_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    // out, x, w, cosines, sines; tokens; sequence, heads, key and value heads, head width, hidden; tile
-    let project = |p: [usize; 5], tokens: usize, s: [usize; 5], tile: i32| {
+    refuses!(
         QkvRopeForward {
-            out: output(p[0]),
-            x: input(p[1]),
-            w: input(p[2]),
-            cosines: input(p[3]),
-            sines: input(p[4]),
-            tokens,
-            sequence: s[0],
-            heads: s[1],
-            key_value_heads: s[2],
-            head_width: s[3],
-            hidden: s[4],
-            tile,
+            out, x, w, cosines, sines;
+            tokens: 4, sequence: 4, heads: 2, key_value_heads: 1, head_width: 64, hidden: 16, tile: 0
         }
-        .launch(&stream())
-    };
-    let sizes = [4, 2, 1, 64, 16];
-    refuses_pointers(["out", "x", "w", "cosines", "sines"], &[], good, |p| {
-        project(p, 4, sizes, 0)
-    });
-    for tokens in [0, 1 << 31] {
-        refused(
-            || project([good; 5], tokens, sizes, 0),
-            OUT_OF_RANGE,
-            "tokens",
-        );
-    }
-    for (i, bad, name) in [
-        (0, 0, "sequence"),
-        (1, 0, "heads"),
-        (1, 1025, "heads"),
-        (2, 0, "key_value_heads"),
-        (2, 3, "key_value_heads"),
-        (3, 32, "head_width"),
-        (4, 0, "hidden"),
-    ] {
-        let mut s = sizes;
-        s[i] = bad;
-        refused(|| project([good; 5], 4, s, 0), OUT_OF_RANGE, name);
-    }
-    refused(|| project([good; 5], 4, sizes, 99), OUT_OF_RANGE, "tile");
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; sequence: 0; heads: 0, 1025; key_value_heads: 0, 3; head_width: 32;
+            hidden: 0; tile: 99
+        }
+    );
 }
 
 const SEQUENCE: usize = 13;

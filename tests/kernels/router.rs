@@ -1,7 +1,7 @@
 //! The router's kernels on the simulator: every case of the library, every schedule, exact counts of work and bytes, what
 //! they refuse.
 
-use crate::support::refusals::{input, output, stream};
+use crate::support::refusals::refuses;
 use crate::support::schedules::counted;
 use crate::support::{check, check_cases, check_schedules, outputs};
 use routegrad::kernels::bindings::*;
@@ -9,7 +9,6 @@ use routegrad::kernels::cost::{Cost, Sizes};
 use routegrad::kernels::router::{RouterForward, RouterStatistics};
 use routegrad::kernels::router_backward::{RouterBackward, RouterWeightGradient};
 use routegrad::kernels::router_sample::RouterSample;
-use routegrad::kernels::{In, Out};
 use routegrad::verify::kernels::router::{Batch, Kind, Shape, problem, problem_of};
 use routegrad::verify::kernels::{Buffer, Problem, router_backward, router_sample, values};
 
@@ -171,252 +170,55 @@ fn sampling_moves_the_bytes_that_its_header_says() {
     assert_eq!(counters.bytes_written, (4 * t * s * (e + 3)) as u64);
 }
 
-/// Arguments of a launcher, by name; only refused calls are made, which touch no memory.
-struct Call {
-    pointers: Vec<(&'static str, usize)>,
-    tokens: usize,
-    experts: usize,
-    hidden: usize,
-    choices: usize,
-    score: routegrad_score,
-    layer: usize,
-    epsilon: f64,
-}
-
-impl Call {
-    fn address(&self, name: &str) -> usize {
-        let found = self.pointers.iter().find(|p| p.0 == name);
-        found.unwrap_or_else(|| panic!("no pointer {name}")).1
-    }
-
-    fn from<T>(&self, name: &str) -> In<'static, T> {
-        input(self.address(name))
-    }
-
-    fn to<T>(&self, name: &str) -> Out<'static, T> {
-        output(self.address(name))
-    }
-}
-
-type Launch = fn(&Call) -> routegrad::error::Result<()>;
-
-fn forward(a: &Call) -> routegrad::error::Result<()> {
-    let kernel = RouterForward {
-        scores: a.to("scores"),
-        log_sum_exp: a.to("log_sum_exp"),
-        choices: Some(a.to("choices")),
-        partials: a.to("partials"),
-        first_non_finite: a.to("first_non_finite"),
-        x: a.from("x"),
-        w: a.from("w"),
-        selection_bias: Some(a.from("selection_bias")),
-        tokens: a.tokens,
-        experts: a.experts,
-        hidden: a.hidden,
-        choices_per_token: a.choices,
-        score: a.score,
-    };
-    kernel.launch(&stream())
-}
-
-fn backward(a: &Call) -> routegrad::error::Result<()> {
-    let kernel = RouterBackward {
-        dx: a.to("dx"),
-        dz: a.to("dz"),
-        dw_partials: a.to("dw_partials"),
-        scores: a.from("scores"),
-        log_sum_exp: Some(a.from("log_sum_exp")),
-        dscores: Some(a.from("dscores")),
-        dmean: Some(a.from("dmean")),
-        dlse2: Some(a.from("dlse2")),
-        x: a.from("x"),
-        w: a.from("w"),
-        tokens: a.tokens,
-        experts: a.experts,
-        hidden: a.hidden,
-        score: a.score,
-        accumulate: false,
-    };
-    kernel.launch(&stream())
-}
-
-fn statistics(a: &Call) -> routegrad::error::Result<()> {
-    let kernel = RouterStatistics {
-        statistics: a.to("statistics"),
-        partials: a.from("partials"),
-        tokens: a.tokens,
-        experts: a.experts,
-    };
-    kernel.launch(&stream())
-}
-
-fn weight_gradient(a: &Call) -> routegrad::error::Result<()> {
-    let kernel = RouterWeightGradient {
-        dw: a.to("dw"),
-        dw_partials: a.from("dw_partials"),
-        tokens: a.tokens,
-        experts: a.experts,
-        hidden: a.hidden,
-        accumulate: false,
-    };
-    kernel.launch(&stream())
-}
-
-fn sample(a: &Call) -> routegrad::error::Result<()> {
-    let kernel = RouterSample {
-        experts_chosen: a.to("experts_chosen"),
-        factors: a.to("factors"),
-        kept: a.to("kept"),
-        choices: a.to("choices"),
-        logits: a.from("logits"),
-        draws: None,
-        tokens: a.tokens,
-        experts: a.experts,
-        stages: a.choices,
-        layer: a.layer,
-        epsilon: a.epsilon,
-        threshold: 0.5,
-        untrusted: 0.5,
-    };
-    kernel.launch(&stream())
-}
-
-/// The call with one change is refused with this reason, by name, and nothing is launched.
-fn refused(
-    launch: Launch,
-    names: &[&'static str],
-    change: &dyn Fn(&mut Call),
-    why: &str,
-    name: &str,
-) {
-    let room = [0u128; 16];
-    let mut call = Call {
-        pointers: names.iter().map(|&n| (n, room.as_ptr() as usize)).collect(),
-        tokens: 4,
-        experts: 8,
-        hidden: 64,
-        choices: 2,
-        score: ROUTEGRAD_SCORE_SOFTMAX,
-        layer: 0,
-        epsilon: 0.1,
-    };
-    change(&mut call);
-    let mut text = String::new();
-    let counters = counted(|| text = launch(&call).expect_err(name).to_string());
-    assert!(
-        text.contains(&format!("argument `{name}` {why}")),
-        "{name} {why}: {text}"
-    );
-    assert_eq!(counters.launches, 0, "{name}: something was launched");
-}
-
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let range = "is outside what the kernel can do";
-    // Launcher, its pointers, and how many of them, from the last, may be null or belong to an array.
-    let launchers: [(Launch, &[&'static str], &[&str]); 5] = [
-        (
-            forward,
-            &[
-                "scores",
-                "log_sum_exp",
-                "choices",
-                "partials",
-                "first_non_finite",
-                "x",
-                "w",
-                "selection_bias",
-            ],
-            &["selection_bias"],
-        ),
-        (
-            backward,
-            &[
-                "dx",
-                "dz",
-                "dw_partials",
-                "scores",
-                "log_sum_exp",
-                "dscores",
-                "dmean",
-                "dlse2",
-                "x",
-                "w",
-            ],
-            &["dscores", "dmean", "dlse2"],
-        ),
-        (statistics, &["statistics", "partials"], &[]),
-        (weight_gradient, &["dw", "dw_partials"], &[]),
-        (
-            sample,
-            &["experts_chosen", "factors", "kept", "choices", "logits"],
-            &[],
-        ),
-    ];
-    for (launch, names, nullable) in launchers {
-        for (i, name) in names.iter().enumerate() {
-            if !nullable.contains(name) {
-                refused(
-                    launch,
-                    names,
-                    &|a| a.pointers[i].1 = 0,
-                    "is a null pointer",
-                    name,
-                );
-            }
-            if !["first_non_finite", "dlse2"].contains(name) {
-                refused(
-                    launch,
-                    names,
-                    &|a| a.pointers[i].1 += 4,
-                    "is not 16-byte aligned",
-                    name,
-                );
-            }
+    refuses!(
+        RouterForward {
+            scores, log_sum_exp, choices, partials, first_non_finite[unaligned], x, w,
+            selection_bias[optional];
+            tokens: 4, experts: 8, hidden: 64, choices_per_token: 2, score: ROUTEGRAD_SCORE_SOFTMAX
         }
-        refused(launch, names, &|a| a.tokens = 0, range, "tokens");
-        refused(launch, names, &|a| a.tokens = 1 << 31, range, "tokens");
-        refused(launch, names, &|a| a.experts = 0, range, "experts");
-        refused(launch, names, &|a| a.experts = 257, range, "experts");
-    }
-    for launcher in [0, 1, 3] {
-        let (launch, names, _) = launchers[launcher];
-        refused(launch, names, &|a| a.hidden = 0, range, "hidden");
-        refused(
-            launch,
-            names,
-            &|a| a.hidden = 60,
-            "is not a multiple of 8",
-            "hidden",
-        );
-    }
-    let (launch, names, _) = launchers[0];
-    refused(
-        launch,
-        names,
-        &|a| a.choices = 9,
-        range,
-        "choices_per_token",
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; experts: 0, 257; hidden: 0; score: 4;
+            choices_per_token: 9; [experts: 32] choices_per_token: 17
+        }
+        NOT_MULTIPLE { hidden: 60 }
     );
-    let many = |a: &mut Call| (a.experts, a.choices) = (32, 17);
-    refused(launch, names, &many, range, "choices_per_token");
-    for launcher in [0, 1] {
-        let (launch, names, _) = launchers[launcher];
-        refused(launch, names, &|a| a.score = 4, range, "score");
-    }
-    // Sigmoid and relu leave no softmax behind from which the gradient of mean lse² could come.
-    let (launch, names, _) = launchers[1];
-    for score in [ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_RELU] {
-        refused(launch, names, &|a| a.score = score, range, "dlse2");
-    }
-    let (launch, names, _) = launchers[4];
-    for wrong in [0, 3] {
-        refused(launch, names, &|a| a.choices = wrong, range, "stages");
-    }
-    let one = |a: &mut Call| (a.experts, a.choices) = (1, 2);
-    refused(launch, names, &one, range, "stages");
-    refused(launch, names, &|a| a.layer = 1 << 24, range, "layer");
-    for wrong in [-0.1, f64::NAN] {
-        refused(launch, names, &|a| a.epsilon = wrong, range, "epsilon");
-    }
+    refuses!(
+        RouterBackward {
+            dx, dz, dw_partials, scores, log_sum_exp, dscores[optional], dmean[optional], x, w;
+            dlse2: Pointer::good(), tokens: 4, experts: 8, hidden: 64, score: ROUTEGRAD_SCORE_SOFTMAX,
+            accumulate: false
+        }
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; experts: 0, 257; hidden: 0; score: 4;
+            // Sigmoid and relu leave no softmax behind from which the gradient of mean lse² could come.
+            [score: ROUTEGRAD_SCORE_SIGMOID] dlse2: Pointer::good();
+            [score: ROUTEGRAD_SCORE_RELU] dlse2: Pointer::good()
+        }
+        NOT_MULTIPLE { hidden: 60 }
+    );
+    refuses!(
+        RouterStatistics { statistics, partials; tokens: 4, experts: 8 }
+        OUT_OF_RANGE { tokens: 0, 1 << 31; experts: 0, 257 }
+    );
+    refuses!(
+        RouterWeightGradient {
+            dw, dw_partials;
+            tokens: 4, experts: 8, hidden: 64, accumulate: false
+        }
+        OUT_OF_RANGE { tokens: 0, 1 << 31; experts: 0, 257; hidden: 0 }
+        NOT_MULTIPLE { hidden: 60 }
+    );
+    refuses!(
+        RouterSample {
+            experts_chosen, factors, kept, choices, logits;
+            draws: None, tokens: 4, experts: 8, stages: 2, layer: 0, epsilon: 0.1, threshold: 0.5,
+            untrusted: 0.5
+        }
+        OUT_OF_RANGE {
+            tokens: 0, 1 << 31; experts: 0, 257; stages: 0, 3; [experts: 1] stages: 2;
+            layer: 1 << 24; epsilon: -0.1, f64::NAN
+        }
+    );
 }

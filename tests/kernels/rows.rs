@@ -1,7 +1,7 @@
 //! Arithmetic of rows, sums of columns, gated rows and norms of pieces on the simulator: every case of the library, every
 //! schedule, refusals, and the operations that launch them.
 
-use crate::support::refusals::*;
+use crate::support::refusals::refuses;
 use crate::support::tape::{close, tensor, var};
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
@@ -112,161 +112,52 @@ fn the_operations_run_as_kernels_and_agree_with_the_cpu() {
 
 #[test]
 fn refused_rows_are_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    // out, a, b; rows, b_rows, width
-    let arithmetic = |p: [usize; 3], n: [usize; 3]| {
-        RowArithmetic {
-            out: output(p[0]),
-            a: input(p[1]),
-            b: input(p[2]),
-            rows: n[0],
-            b_rows: n[1],
-            width: n[2],
-            multiply: false,
-        }
-        .launch(&stream())
-    };
-    refuses_pointers(["out", "a", "b"], &[], good, |p| arithmetic(p, [4, 1, 64]));
-    for (n, why, name) in [
-        ([0, 1, 64], OUT_OF_RANGE, "rows"),
-        ([1 << 31, 1, 64], OUT_OF_RANGE, "rows"),
-        ([(1 << 31) - 1, 1, 1 << 24], OVERFLOW, "rows"),
-        ([4, 2, 64], OUT_OF_RANGE, "b_rows"),
-        ([4, 1, 0], OUT_OF_RANGE, "width"),
-        ([4, 1, 12], NOT_MULTIPLE, "width"),
-    ] {
-        refused(|| arithmetic([good; 3], n), why, name);
-    }
-    // parts, x, y, scales; rows, width, pitch, piece, runs
-    let sums = |p: [usize; 4], n: [usize; 5]| {
+    refuses!(
+        RowArithmetic { out, a, b; rows: 4, b_rows: 1, width: 64, multiply: false }
+        OUT_OF_RANGE { rows: 0, 1 << 31; b_rows: 2; width: 0 }
+        OVERFLOW { [width: 1 << 24] rows: (1 << 31) - 1 }
+        NOT_MULTIPLE { width: 12 }
+    );
+    refuses!(
         ColumnSums {
-            parts: output(p[0]),
-            x: input(p[1]),
-            y: optional(p[2]),
-            scales: optional(p[3]),
-            rows: n[0],
-            width: n[1],
-            pitch: n[2],
-            piece: n[3],
-            runs: n[4],
+            parts, x, y[optional], scales[optional];
+            rows: 4, width: 64, pitch: 64, piece: 64, runs: 1
         }
-        .launch(&stream())
-    };
-    let sizes = [4, 64, 64, 64, 1];
-    refuses_pointers(["parts", "x", "y", "scales"], &["y", "scales"], good, |p| {
-        sums(p, sizes)
-    });
-    for (i, wrong, why, name) in [
-        (0, 0, OUT_OF_RANGE, "rows"),
-        (1, 0, OUT_OF_RANGE, "width"),
-        (1, 12, NOT_MULTIPLE, "width"),
-        (2, 56, OUT_OF_RANGE, "pitch"),
-        (2, 68, NOT_MULTIPLE, "pitch"),
-        (3, 0, OUT_OF_RANGE, "piece"),
-        (3, 48, OUT_OF_RANGE, "piece"),
-        (3, 4, NOT_MULTIPLE, "piece"),
-        (4, 0, OUT_OF_RANGE, "runs"),
-        (4, 65536, OUT_OF_RANGE, "runs"),
-    ] {
-        let mut n = sizes;
-        n[i] = wrong;
-        refused(|| sums([good; 4], n), why, name);
-    }
-    let gated = |p: [usize; 5], rows: usize, width: usize| {
-        GatedRows {
-            y: output(p[0]),
-            gates: output(p[1]),
-            x: input(p[2]),
-            w: input(p[3]),
-            v: input(p[4]),
-            rows,
-            width,
-        }
-        .launch(&stream())
-    };
-    let back = |p: [usize; 7], rows: usize, width: usize| {
+        OUT_OF_RANGE { rows: 0; width: 0; pitch: 56; piece: 0, 48; runs: 0, 65536 }
+        NOT_MULTIPLE { width: 12; pitch: 68; piece: 4 }
+    );
+    refuses!(
+        GatedRows { y, gates, x, w, v; rows: 4, width: 64 }
+        OUT_OF_RANGE { rows: 0; width: 0 }
+        NOT_MULTIPLE { width: 12 }
+    );
+    refuses!(
         GatedRowsBackward {
-            dx: output(p[0]),
-            dv: output(p[1]),
-            dscores: output(p[2]),
-            dy: input(p[3]),
-            gates: input(p[4]),
-            v: input(p[5]),
-            w: input(p[6]),
-            rows,
-            width,
-            accumulate: false,
+            dx, dv, dscores, dy, gates, v, w;
+            rows: 4, width: 64, accumulate: false
         }
-        .launch(&stream())
-    };
-    refuses_pointers(["y", "gates", "x", "w", "v"], &[], good, |p| {
-        gated(p, 4, 64)
-    });
-    let names = ["dx", "dv", "dscores", "dy", "gates", "v", "w"];
-    refuses_pointers(names, &[], good, |p| back(p, 4, 64));
-    for (rows, width, why, name) in [
-        (0, 64, OUT_OF_RANGE, "rows"),
-        (4, 0, OUT_OF_RANGE, "width"),
-        (4, 12, NOT_MULTIPLE, "width"),
-    ] {
-        refused(|| gated([good; 5], rows, width), why, name);
-        refused(|| back([good; 7], rows, width), why, name);
-    }
+        OUT_OF_RANGE { rows: 0; width: 0 }
+        NOT_MULTIPLE { width: 12 }
+    );
 }
 
 #[test]
 fn refused_norms_of_pieces_are_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    // y, scales, x, w; rows, pieces, width, pitch
-    let forward = |p: [usize; 4], n: [usize; 4]| {
+    refuses!(
         QkNorm {
-            y: output(p[0]),
-            scales: (p[1] != 0).then(|| output(p[1])),
-            x: input(p[2]),
-            w: optional(p[3]),
-            rows: n[0],
-            pieces: n[1],
-            width: n[2],
-            pitch: n[3],
-            eps: 1e-5,
+            y, scales, x, w[optional];
+            rows: 4, pieces: 2, width: 64, pitch: 128, eps: 1e-5
         }
-        .launch(&stream())
-    };
-    let backward = |p: [usize; 5], n: [usize; 4]| {
+        OUT_OF_RANGE { rows: 0; pieces: 0; width: 0; pitch: 120 }
+        NOT_MULTIPLE { width: 12; pitch: 132 }
+        OVERFLOW { [pieces: 16, width: 8] rows: (1 << 31) - 1 }
+    );
+    refuses!(
         QkNormBackward {
-            dx: output(p[0]),
-            scales: optional(p[1]),
-            dy: input(p[2]),
-            x: input(p[3]),
-            w: optional(p[4]),
-            rows: n[0],
-            pieces: n[1],
-            width: n[2],
-            pitch: n[3],
+            dx, scales, dy, x, w[optional];
+            rows: 4, pieces: 2, width: 64, pitch: 128
         }
-        .launch(&stream())
-    };
-    let sizes = [4, 2, 64, 128];
-    refuses_pointers(["y", "scales", "x", "w"], &["w"], good, |p| {
-        forward(p, sizes)
-    });
-    let names = ["dx", "scales", "dy", "x", "w"];
-    refuses_pointers(names, &["w"], good, |p| backward(p, sizes));
-    for (i, wrong, why, name) in [
-        (0, 0, OUT_OF_RANGE, "rows"),
-        (1, 0, OUT_OF_RANGE, "pieces"),
-        (2, 0, OUT_OF_RANGE, "width"),
-        (2, 12, NOT_MULTIPLE, "width"),
-        (3, 120, OUT_OF_RANGE, "pitch"),
-        (3, 132, NOT_MULTIPLE, "pitch"),
-    ] {
-        let mut n = sizes;
-        n[i] = wrong;
-        refused(|| forward([good; 4], n), why, name);
-        refused(|| backward([good; 5], n), why, name);
-    }
-    let sizes = [(1 << 31) - 1, 16, 8, 128];
-    refused(|| forward([good; 4], sizes), OVERFLOW, "rows");
+        OUT_OF_RANGE { rows: 0; pieces: 0; width: 0; pitch: 120 }
+        NOT_MULTIPLE { width: 12; pitch: 132 }
+    );
 }

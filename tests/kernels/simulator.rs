@@ -2,7 +2,7 @@
 //! same), and faults that it must name.
 
 use crate::support::check_schedules;
-use crate::support::refusals::{MISALIGNED, NULL, OUT_OF_RANGE, input, output, refused, stream};
+use crate::support::refusals::{refuses, stream};
 use crate::support::schedules::{counted, is_plain, table, with_options};
 use routegrad::device::Device;
 use routegrad::error::Error;
@@ -155,25 +155,13 @@ fn a_launch_after_a_fault_is_whole() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let call = |c: usize, b: usize, n: usize| {
-        let kernel = UnitWgmma {
-            c: output(c),
-            a: input(good),
-            b: input(b),
-            n,
-            a_mn_major: false,
-            b_mn_major: false,
-            a_in_registers: false,
-            swizzle: 1,
-        };
-        kernel.launch(&stream())
-    };
-    refused(|| call(0, good, 64), NULL, "c");
-    refused(|| call(good + 4, good, 64), MISALIGNED, "c");
-    refused(|| call(good, 0, 64), NULL, "b");
-    refused(|| call(good, good, 65), OUT_OF_RANGE, "n");
+    refuses!(
+        UnitWgmma {
+            c, a, b;
+            n: 64, a_mn_major: false, b_mn_major: false, a_in_registers: false, swizzle: 1
+        }
+        OUT_OF_RANGE { n: 65 }
+    );
 }
 
 #[test]

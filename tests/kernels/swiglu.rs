@@ -1,7 +1,7 @@
 //! SwiGLU of dense layers on the simulator: every case of the library, every schedule, refusals, and the operation that
 //! launches them.
 
-use crate::support::refusals::*;
+use crate::support::refusals::refuses;
 use crate::support::tape::{close, tensor, var};
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
@@ -23,40 +23,18 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let room = [0u128; 16];
-    let good = room.as_ptr() as usize;
-    let forward = |p: [usize; 2], rows: usize, ffn: usize| {
-        SwigluForward {
-            a: output(p[0]),
-            h: input(p[1]),
-            rows,
-            ffn,
-        }
-        .launch(&stream())
-    };
-    let backward = |p: [usize; 3], rows: usize, ffn: usize| {
-        SwigluBackward {
-            dh: output(p[0]),
-            da: input(p[1]),
-            h: input(p[2]),
-            rows,
-            ffn,
-        }
-        .launch(&stream())
-    };
-    refused(|| forward([0, good], 4, 64), NULL, "a");
-    refused(|| forward([good, good + 8], 4, 64), MISALIGNED, "h");
-    refuses_pointers(["dh", "da", "h"], &[], good, |p| backward(p, 4, 64));
-    for (rows, ffn, why, name) in [
-        (0, 64, OUT_OF_RANGE, "rows"),
-        (1 << 31, 64, OUT_OF_RANGE, "rows"),
-        (4, 0, OUT_OF_RANGE, "ffn"),
-        (4, 12, NOT_MULTIPLE, "ffn"),
-        ((1 << 31) - 1, 1 << 24, OVERFLOW, "rows"),
-    ] {
-        refused(|| forward([good; 2], rows, ffn), why, name);
-        refused(|| backward([good; 3], rows, ffn), why, name);
-    }
+    refuses!(
+        SwigluForward { a, h; rows: 4, ffn: 64 }
+        OUT_OF_RANGE { rows: 0, 1 << 31; ffn: 0 }
+        NOT_MULTIPLE { ffn: 12 }
+        OVERFLOW { [ffn: 1 << 24] rows: (1 << 31) - 1 }
+    );
+    refuses!(
+        SwigluBackward { dh, da, h; rows: 4, ffn: 64 }
+        OUT_OF_RANGE { rows: 0, 1 << 31; ffn: 0 }
+        NOT_MULTIPLE { ffn: 12 }
+        OVERFLOW { [ffn: 1 << 24] rows: (1 << 31) - 1 }
+    );
 }
 
 #[test]

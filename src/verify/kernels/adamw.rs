@@ -137,15 +137,16 @@ impl Table {
                 true => (own[0], [own[1], own[2]]),
                 false => (null_mut(), [null_mut(); 2]),
             };
+            // Each half has 16 bits.
+            let lower = value.wrapping_add(2 * lower_half(p.w.len()));
+            let [whole, upper, lower] = match p.split {
+                true => [null_mut(), value, lower],
+                false => [value, null_mut(), null_mut()],
+            };
             let row = routegrad_parameter {
-                whole: if p.split { null_mut() } else { value.cast() },
-                upper: if p.split { value.cast() } else { null_mut() },
-                // Each half has 16 bits.
-                lower: if p.split {
-                    value.wrapping_add(2 * lower_half(p.w.len())).cast()
-                } else {
-                    null_mut()
-                },
+                whole: whole.cast(),
+                upper: upper.cast(),
+                lower: lower.cast(),
                 first: moments[0].cast(),
                 second: moments[1].cast(),
                 gradient: match p.gradient {

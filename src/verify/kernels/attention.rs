@@ -117,26 +117,25 @@ pub struct Weights {
     pub slack: f64,
 }
 
-/// Returns the inner product of two vectors of equal length.
-pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+/// Returns the sum of `of` each product of two elements.
+fn products(a: &[f64], b: &[f64], of: impl Fn(f64) -> f64) -> f64 {
     let mut sums = [0.0; 8];
     for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
         for i in 0..8 {
-            sums[i] += a[i] * b[i];
+            sums[i] += of(a[i] * b[i]);
         }
     }
     sums.iter().sum()
 }
 
+/// Returns the inner product of two vectors of equal length.
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+    products(a, b, |product| product)
+}
+
 /// Σ |a b|.
 pub fn magnitude(a: &[f64], b: &[f64]) -> f64 {
-    let mut sums = [0.0; 8];
-    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
-        for i in 0..8 {
-            sums[i] += (a[i] * b[i]).abs();
-        }
-    }
-    sums.iter().sum()
+    products(a, b, f64::abs)
 }
 
 /// Returns documents of random length; between some of them there are rows that see no keys.
@@ -198,6 +197,18 @@ impl Inputs {
         let sizes = self.shape.sizes;
         let column = sizes.heads + sizes.key_value_heads + key_head;
         self.part(sequence, row, column)
+    }
+
+    /// Returns the index of a query's log Σ exp.
+    pub fn statistic(&self, q: Query) -> usize {
+        let sizes = self.shape.sizes;
+        (q.sequence * sizes.heads + q.head) * sizes.sequence + q.row
+    }
+    /// Returns a query's part of tensors with the shape of the output.
+    pub fn of_query<'a>(&self, outputs: &'a [bf16], q: Query) -> &'a [bf16] {
+        let sizes = self.shape.sizes;
+        let line = (q.sequence * sizes.sequence + q.row) * self.shape.out_width();
+        &outputs[line + q.head * sizes.width..][..sizes.width]
     }
 
     /// Returns the index of the first key that a row sees, within its sequence.
@@ -283,17 +294,11 @@ impl Inputs {
     /// A text that names the element.
     pub fn judge(&self, out: &[u8], log_sum_exp: &[u8]) -> Result<Errors, String> {
         let (out, lse): (Vec<bf16>, Vec<f32>) = (values(out), values(log_sum_exp));
-        let sizes = self.shape.sizes;
         let parts = self.judged().into_par_iter();
         let parts = parts.map(|query| {
             let mut errors = Errors::default();
             let weights = self.weights(query);
-            let Query {
-                sequence,
-                head,
-                row,
-            } = query;
-            let got = f64::from(lse[(sequence * sizes.heads + head) * sizes.sequence + row]);
+            let got = f64::from(lse[self.statistic(query)]);
             let want = weights.log_sum_exp;
             let sums = weights.scores.len() as f64 * F32_ROUNDOFF + weights.slack;
             if weights.scores.is_empty() {
@@ -305,15 +310,12 @@ impl Inputs {
                 let mut of_lse = Errors::default();
                 of_lse.add(got, want, bound, || format!("{query:?}: log Σ exp"))?;
             }
-            let line = (sequence * sizes.sequence + row) * self.shape.out_width();
-            let got = &out[line + head * sizes.width..][..sizes.width];
-            for (i, (got, want)) in got.iter().zip(self.output(query, &weights)).enumerate() {
-                let (want, terms) = want;
+            let got = self.of_query(&out, query).iter();
+            for (i, (got, (want, terms))) in got.zip(self.output(query, &weights)).enumerate() {
                 let sum = (BF16_ROUNDOFF + 2.0 * sums) * terms + LEAST_NORMAL;
                 let bound = half_ulp_bf16(want.abs() + sum) + sum;
-                errors.add(exact(*got), want, bound, || {
-                    format!("{query:?}, column {i}")
-                })?;
+                let place = || format!("{query:?}, column {i}");
+                errors.add(exact(*got), want, bound, place)?;
             }
             Ok(errors)
         });
@@ -330,9 +332,7 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
         Buffer::output("log_sum_exp", shape.tokens() * shape.sizes.heads * 4),
         Buffer::input("qkv", &i.qkv),
     ];
-    if let Some(first_key) = &i.first_key {
-        buffers.push(Buffer::input("first_key", first_key));
-    }
+    buffers.extend(i.first_key.as_ref().map(|f| Buffer::input("first_key", f)));
     Problem {
         label: format!("{shape:?}"),
         buffers,

@@ -6,7 +6,7 @@ use super::attention::{
 };
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
-use super::rope::{tables, turned};
+use super::rope::{table_buffers, turned};
 use super::{Buffer, Case, Problem, each, launch_of, values};
 use crate::kernels::AttentionBackward;
 use crate::tensor::dtype::nearest_bf16;
@@ -31,7 +31,7 @@ type Line = Vec<(f64, f64)>;
 
 /// The contribution of one query and one key to the gradients.
 struct Pair {
-    /// P, and dS without the factor 1 / √d.
+    /// P and dS.
     p: f64,
     ds: f64,
     /// Bounds of their errors as operands.
@@ -72,8 +72,7 @@ impl Gradient {
             .collect();
         let mut log_sum_exp = vec![0.0; queries.len()];
         for (query, row) in queries.iter().zip(&rows) {
-            log_sum_exp[(query.sequence * sizes.heads + query.head) * sizes.sequence + query.row] =
-                row.1;
+            log_sum_exp[inputs.statistic(*query)] = row.1;
         }
         Self {
             dout: random.normals_bf16(shape.tokens() * shape.out_width()),
@@ -84,32 +83,26 @@ impl Gradient {
     }
 
     fn of_head(&self, values: &[bf16], query: Query) -> Vec<f64> {
-        let shape = self.inputs.shape;
-        let line = query.sequence * shape.sizes.sequence + query.row;
-        let at = line * shape.out_width() + query.head * shape.sizes.width;
-        values[at..][..shape.sizes.width]
-            .iter()
-            .map(|&v| exact(v))
-            .collect()
+        let part = self.inputs.of_query(values, query).iter();
+        part.map(|&v| exact(v)).collect()
     }
 
     /// `q` and `dout` belong to the query, `k` and `v` to the key.
     fn pair(&self, query: Query, [q, dout, k, v]: [&[f64]; 4]) -> Pair {
-        let (inputs, sizes) = (&self.inputs, self.inputs.shape.sizes);
-        let line = (query.sequence * sizes.heads + query.head) * sizes.sequence + query.row;
-        let lse = f64::from(self.log_sum_exp[line]);
+        let (inputs, width) = (&self.inputs, self.inputs.shape.sizes.width);
+        let lse = f64::from(self.log_sum_exp[inputs.statistic(query)]);
         let out = self.of_head(&self.out, query);
         let p = (dot(q, k) * inputs.scale() - lse).exp();
         let ds = p * (dot(dout, v) - dot(dout, &out));
         let terms = magnitude(dout, v) + magnitude(dout, &out);
         let slack = inputs.slack(magnitude(q, k) * inputs.scale() + lse.abs());
         let rounding = BF16_ROUNDOFF + 2.0 * slack;
+        let of_terms = (2.0 * width as f64 * F32_ROUNDOFF * p + LEAST_NORMAL) * terms;
         Pair {
             p,
-            ds,
+            ds: ds * inputs.scale(),
             p_error: rounding * p + LEAST_NORMAL,
-            ds_error: rounding * ds.abs()
-                + (2.0 * sizes.width as f64 * F32_ROUNDOFF * p + LEAST_NORMAL) * terms,
+            ds_error: (rounding * ds.abs() + of_terms) * inputs.scale(),
         }
     }
 
@@ -122,12 +115,7 @@ impl Gradient {
             let k = inputs.key(query.sequence, key_head, row);
             let v = inputs.value(query.sequence, key_head, row);
             let pair = self.pair(query, [&q, &dout, &k, &v]);
-            add(
-                &mut line,
-                pair.ds * inputs.scale(),
-                pair.ds_error * inputs.scale(),
-                &k,
-            );
+            add(&mut line, pair.ds, pair.ds_error, &k);
         }
         line
     }
@@ -149,12 +137,7 @@ impl Gradient {
                 };
                 let (q, dout) = (inputs.query(query), self.of_head(&self.dout, query));
                 let pair = self.pair(query, [&q, &dout, &k, &v]);
-                add(
-                    &mut lines[0],
-                    pair.ds * inputs.scale(),
-                    pair.ds_error * inputs.scale(),
-                    &q,
-                );
+                add(&mut lines[0], pair.ds, pair.ds_error, &q);
                 add(&mut lines[1], pair.p, pair.p_error, &dout);
             }
         }
@@ -239,14 +222,11 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
         Buffer::input("out", &g.out),
         Buffer::input("log_sum_exp", &g.log_sum_exp),
     ];
-    if let Some(first_key) = &g.inputs.first_key {
-        buffers.push(Buffer::input("first_key", first_key));
-    }
-    let packed = g.inputs.first_key.is_some();
+    let first_key = g.inputs.first_key.as_ref();
+    let packed = first_key.is_some();
+    buffers.extend(first_key.map(|f| Buffer::input("first_key", f)));
     if shape.turned {
-        let [cosines, sines] = tables(shape.sizes.sequence, shape.sizes.width);
-        buffers.push(Buffer::input("cosines", &cosines));
-        buffers.push(Buffer::input("sines", &sines));
+        buffers.extend(table_buffers(sizes.sequence, sizes.width));
     }
     Problem {
         label: format!("backward, {shape:?}"),
@@ -280,13 +260,8 @@ pub fn cases() -> Vec<Case> {
     ]
     .map(|(name, shapes, small)| {
         let problems = each(shapes, |shape| problem(&Arc::new(Gradient::new(&shape))));
-        Case::new(
-            "attention_backward",
-            "attention_backward",
-            name,
-            small,
-            problems,
-        )
+        let launcher = "attention_backward";
+        Case::new(launcher, launcher, name, small, problems)
     })
     .into()
 }

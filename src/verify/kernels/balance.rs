@@ -1,7 +1,7 @@
 //! Checks the kernels for the scalars of the losses (`kernels/balance.cu`) against float64.
 
-use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, Problem, bind, each, values};
+use super::numbers::{Errors, F32_ROUNDOFF, Random, sums};
+use super::{Buffer, Case, Problem, bind, each, launch_of, values};
 use crate::kernels;
 use crate::kernels::balance::{
     AuxiliaryLoss, AuxiliaryLossBackward, WeightedSum, WeightedSumBackward,
@@ -21,9 +21,8 @@ fn judge_products(out: &[u8], factor: f64, numbers: &[f32]) -> Result<Errors, St
     })
 }
 
-fn sum_of_products(a: &[f32], b: &[f32]) -> f64 {
-    let products = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b));
-    products.sum()
+fn products(a: &[f32], b: &[f32]) -> impl Iterator<Item = f64> {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b))
 }
 
 /// Buffers: loss, mean, fractions; or dmean, dloss, fractions.
@@ -43,17 +42,15 @@ fn auxiliary(experts: usize, backward: bool) -> Problem {
     Problem {
         label: format!("E {experts}"),
         buffers: buffers.into_iter().chain([fractions_buffer]).collect(),
-        launch: Box::new(move |p, stream| match backward {
-            true => {
-                bind!(p, AuxiliaryLossBackward { dmean, dloss, fractions; experts }).launch(stream)
-            }
-            false => bind!(p, AuxiliaryLoss { loss, mean, fractions; experts }).launch(stream),
-        }),
+        launch: match backward {
+            true => launch_of!(AuxiliaryLossBackward { dmean, dloss, fractions; experts }),
+            false => launch_of!(AuxiliaryLoss { loss, mean, fractions; experts }),
+        },
         judge: Box::new(move |out| {
             let experts = experts as f64;
             match backward {
                 true => judge_products(&out[0], experts * f64::from(dloss[0]), &fractions),
-                false => judge_sum(&out[0], experts * sum_of_products(&mean, &fractions)),
+                false => judge_sum(&out[0], experts * products(&mean, &fractions).sum::<f64>()),
             }
         }),
     }
@@ -92,10 +89,7 @@ fn weighted(count: usize, backward: bool) -> Problem {
             true => judge_products(&out.concat(), f64::from(dout[0]), &coefficients),
             false => {
                 // Terms may cancel, but the float64 sum has the same terms.
-                let size: f64 = terms.iter().zip(&coefficients).fold(0.0, |sum, (t, c)| {
-                    sum + f64::from(*t).abs() * f64::from(*c).abs()
-                });
-                let want = sum_of_products(&terms, &coefficients);
+                let (want, size) = sums(products(&terms, &coefficients));
                 let bound = F32_ROUNDOFF * want.abs() + 1e-13 * size;
                 Errors::within("sum", &values::<f32>(&out[0]), |_| (want, bound))
             }

@@ -106,11 +106,12 @@ macro_rules! bind {
 }
 pub(crate) use bind;
 
-/// The launch of one kernel, whose arguments are as in [`bind`].
+/// The launch of kernels one after another, whose arguments are as in [`bind`].
 macro_rules! launch_of {
-    ($Kernel:ident $fields:tt) => {
+    ($($Kernel:ident $fields:tt),+) => {
         Box::new(move |p, stream| {
-            $crate::verify::kernels::bound::bind!(p, $Kernel $fields).launch(stream)
+            $( $crate::verify::kernels::bound::bind!(p, $Kernel $fields).launch(stream)?; )+
+            Ok(())
         })
     };
 }

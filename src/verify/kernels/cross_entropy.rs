@@ -1,6 +1,6 @@
 //! Checks the output head and its loss (`kernels/cross_entropy.cu`) against float64.
 
-use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::numbers::{Errors, F32_ROUNDOFF, Random, sums};
 use super::operands::exact;
 use super::{BOTH, Buffer, Case, Problem, each, launch_of, pairs, values};
 use crate::kernels::cross_entropy::{
@@ -36,13 +36,13 @@ pub fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize, tile: i32
             judge_statistics(&mut errors, &values::<f32>(&out[1]), &got, vocabulary)?;
             for (token, x) in x.chunks(hidden).enumerate() {
                 for (v, w) in w.chunks(hidden).enumerate() {
-                    let terms = || x.iter().zip(w).map(|(a, b)| exact(*a) * exact(*b));
-                    let magnitude: f64 = terms().map(f64::abs).sum();
+                    let terms = x.iter().zip(w).map(|(a, b)| exact(*a) * exact(*b));
+                    let (want, magnitude) = sums(terms);
                     // Products are exact in f32; the tensor core adds them in an order that is not specified.
                     let bound = (hidden + 8) as f64 * F32_ROUNDOFF * magnitude;
                     let place = || format!("logit {v} of token {token}");
                     let got = f64::from(got[token * vocabulary + v]);
-                    errors.add(got, terms().sum(), bound, place)?;
+                    errors.add(got, want, bound, place)?;
                 }
             }
             Ok(errors)
@@ -169,12 +169,8 @@ pub fn rows_problem(
         }),
         judge: Box::new(move |out| {
             let losses: Vec<f32> = values(&out[0]);
-            let dlogits: Vec<bf16> = if with_gradient {
-                values(&out[1])
-            } else {
-                vec![]
-            };
-            judge_rows(&rows, factor, &losses, &dlogits)
+            let dlogits = with_gradient.then(|| values(&out[1]));
+            judge_rows(&rows, factor, &losses, &dlogits.unwrap_or_default())
         }),
     }
 }
@@ -238,8 +234,7 @@ fn mean_problem(tokens: usize, factor: f32) -> Problem {
         buffers: vec![Buffer::output("loss", 4), Buffer::input("losses", &losses)],
         launch: launch_of!(CrossEntropyMean { loss, losses; tokens, factor }),
         judge: Box::new(move |out| {
-            let sum: f64 = losses.iter().map(|&l| f64::from(l)).sum();
-            let magnitude: f64 = losses.iter().map(|&l| f64::from(l.abs())).sum();
+            let (sum, magnitude) = sums(losses.iter().map(|&l| f64::from(l)));
             let want = f64::from(factor) * sum;
             let depth = (tokens.div_ceil(256) + 14) as f64;
             let bound = depth * F32_ROUNDOFF * magnitude * f64::from(factor);
@@ -254,39 +249,27 @@ fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
     let mut random = Random(elements as u64 + 3);
     let (input, before) = (random.normals_bf16(elements), random.normals_bf16(elements));
     let wide = |of: &[bf16]| of.iter().map(|v| v.to_f32()).collect::<Vec<f32>>();
-    let (input, before) = (wide(&input), wide(&before));
-    let buffer = |name, of: &[f32], changed: bool| {
-        let narrowed: Vec<bf16> = of.iter().map(|&v| bf16::from_f32(v)).collect();
-        match (narrow, changed) {
-            (true, true) => Buffer::changed(name, &narrowed),
-            (true, false) => Buffer::input(name, &narrowed),
-            (false, true) => Buffer::changed(name, of),
-            (false, false) => Buffer::input(name, of),
-        }
+    let (out, input_buffer) = match narrow {
+        true => (
+            Buffer::added_to("out", &before, accumulate),
+            Buffer::input("in", &input),
+        ),
+        false => (
+            Buffer::added_to("out", &wide(&before), accumulate),
+            Buffer::input("in", &wide(&input)),
+        ),
     };
-    let size = if narrow { 2 } else { 4 };
     Problem {
         label: format!("{elements} elements, bf16 {narrow}, accumulate {accumulate}"),
-        buffers: vec![
-            match accumulate {
-                true => buffer("out", &before, true),
-                false => Buffer::output("out", size * elements),
-            },
-            buffer("in", &input, false),
-            Buffer::input("factor", &[FACTOR]),
-        ],
+        buffers: vec![out, input_buffer, Buffer::input("factor", &[FACTOR])],
         launch: launch_of!(GradientScale {
             out, input = "in", factor;
             elements, bf16_elements: narrow, accumulate,
         }),
         judge: Box::new(move |out| {
             let want = |i: usize| {
-                let old = if accumulate {
-                    f64::from(before[i])
-                } else {
-                    0.0
-                };
-                let term = f64::from(FACTOR) * f64::from(input[i]);
+                let old = if accumulate { exact(before[i]) } else { 0.0 };
+                let term = f64::from(FACTOR) * exact(input[i]);
                 let error = 2.0 * F32_ROUNDOFF * (term.abs() + old.abs());
                 (term + old, error)
             };

@@ -1,7 +1,7 @@
 //! Checks dispatch (`kernels/dispatch.cu`) against a counting sort: every index in every output must be equal.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, Problem, bind, each, exactly};
+use super::{Buffer, Case, Problem, each, exactly, launch_of};
 use crate::error::Result;
 use crate::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use crate::kernels::launchers;
@@ -184,30 +184,22 @@ impl Batch {
             Buffer::workspace("workspace", workspace),
             named,
         ];
-        let (by_choice, tokens, experts) = (
-            matches!(self.named, Named::Choices { .. }),
-            self.tokens,
-            self.experts,
-        );
+        let (tokens, experts) = (self.tokens, self.experts);
         let all = matches!(self.named, Named::Positive(None));
         let want = self.sorted();
         Ok(Problem {
             label: self.label(),
             buffers,
-            launch: Box::new(move |p, stream| {
-                if by_choice {
-                    return bind!(p, DispatchChoices {
-                        offsets, row_token, row_slot, slot_row, fault, workspace, choices;
-                        tokens, experts, choices_per_token: width, row_capacity: capacity,
-                    })
-                    .launch(stream);
-                }
-                bind!(p, DispatchPositive {
+            launch: match self.named {
+                Named::Choices { .. } => launch_of!(DispatchChoices {
+                    offsets, row_token, row_slot, slot_row, fault, workspace, choices;
+                    tokens, experts, choices_per_token: width, row_capacity: capacity,
+                }),
+                Named::Positive(_) => launch_of!(DispatchPositive {
                     offsets, row_token, row_slot, slot_row, fault, workspace, scores if !all;
                     tokens, experts, row_capacity: capacity,
-                })
-                .launch(stream)
-            }),
+                }),
+            },
             judge: Box::new(move |out| {
                 let columns = [
                     &want.offsets,

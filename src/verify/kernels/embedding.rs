@@ -149,11 +149,7 @@ pub fn gradient_problem(
             }
             Errors::within("dw", &values::<f32>(&out[0]), |i| {
                 let (sum, magnitude) = sums[i];
-                let old = if accumulate {
-                    f64::from(before[i])
-                } else {
-                    0.0
-                };
+                let old = f64::from(if accumulate { before[i] } else { 0.0 });
                 // Number of additions that affect one term: those within its block, then one per block.
                 let count = terms[i / hidden];
                 let depth = (count.min(64) + count.div_ceil(64) + 2) as f64;

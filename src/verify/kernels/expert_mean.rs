@@ -1,9 +1,9 @@
 //! Checks the sums over experts' rows and the moving average of their means (`kernels/expert_mean.cu`) against float64.
 
 use super::dispatch::Batch;
-use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::numbers::{Errors, F32_ROUNDOFF, Random, sums};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{BOTH, Buffer, Case, Problem, bind, each, exactly, launch_of, pairs, values};
+use super::{BOTH, Buffer, Case, Problem, each, exactly, launch_of, pairs, values};
 use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
@@ -90,31 +90,26 @@ impl Sums {
     ///
     /// # Errors
     /// A text that names the element.
-    fn judge(&self, sums: &[u8], masses: &[u8]) -> Result<Errors, String> {
+    fn judge(&self, got: &[u8], masses: &[u8]) -> Result<Errors, String> {
         let (hidden, experts) = (self.hidden, self.routed.experts());
-        let (sums, masses): (Vec<f32>, Vec<f32>) = (values(sums), values(masses));
+        let (got, masses): (Vec<f32>, Vec<f32>) = (values(got), values(masses));
         let mut errors = Errors::default();
-        let mut judge = |got: f32, terms: &mut dyn Iterator<Item = f32>, place: String| {
-            let (mut want, mut magnitude, mut count) = (0.0, 0.0, 0.0);
-            for term in terms {
-                want += f64::from(term);
-                magnitude += f64::from(term).abs();
-                count += 1.0;
-            }
-            let bound = F32_ROUNDOFF * count * magnitude;
+        let mut judge = |got: f32, terms: Vec<f32>, place: String| {
+            let (want, magnitude) = sums(terms.iter().map(|&term| f64::from(term)));
+            let bound = F32_ROUNDOFF * terms.len() as f64 * magnitude;
             errors.add(f64::from(got), want, bound, || place.clone())
         };
         for expert in 0..experts {
             for column in 0..hidden {
                 let place = format!("sum of expert {expert}, column {column}");
-                let terms = &mut self.terms(expert, column);
-                judge(sums[expert * hidden + column], terms, place)?;
+                let terms = self.terms(expert, column).collect();
+                judge(got[expert * hidden + column], terms, place)?;
             }
             let count = self.rows(expert).len() as f32;
             let mass = masses[2 * expert];
             if self.weighted {
                 let place = format!("mass of expert {expert}");
-                judge(mass, &mut self.gates(expert), place)?;
+                judge(mass, self.gates(expert).collect(), place)?;
             }
             if masses[2 * expert + 1] != count || (!self.weighted && mass != count) {
                 let got = &masses[2 * expert..2 * expert + 2];
@@ -155,10 +150,8 @@ impl Sums {
                 }
                 let terms = || self.terms(expert, column).map(f64::from);
                 let share = (1.0 - keep) / divisor;
-                let (new, magnitude) = (
-                    share * terms().sum::<f64>(),
-                    share * terms().map(f64::abs).sum::<f64>(),
-                );
+                let (sum, size) = sums(terms());
+                let (new, magnitude) = (share * sum, share * size);
                 let kept = keep * f64::from(old[at]);
                 // Roundings: the sums of the columns and of the gates; 1 − β, the quotient, two products and the sum.
                 let roundings = terms().count() as f64 + count + 5.0;
@@ -231,11 +224,8 @@ pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weight
             for expert in 0..experts {
                 let range = expert * hidden..(expert + 1) * hidden;
                 let (mass, rows) = (masses[2 * expert], masses[2 * expert + 1]);
-                let divisor = if weighting == ROUTEGRAD_WEIGHTING_SUM_P {
-                    mass
-                } else {
-                    rows
-                };
+                let by_mass = weighting == ROUTEGRAD_WEIGHTING_SUM_P;
+                let divisor = if by_mass { mass } else { rows };
                 if rows == 0.0 || divisor == 0.0 {
                     let bytes = &out[0][range.start * 4..range.end * 4];
                     let kept = exactly::<f32>("average", bytes, |i| average[range.start + i]);
@@ -278,24 +268,20 @@ pub fn mean_problem(inputs: &Arc<Sums>, weighting: routegrad_weighting) -> Probl
     Problem {
         label: format!("{}, D {hidden}, weighting {weighting}", i.routed.label()),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let weighting = weighting as i32;
-            bind!(p, ExpertMean {
+        launch: launch_of!(
+            ExpertMean {
                 average, column_sums, gates, offsets, row_token, beta;
-                rows, tokens, experts, hidden, weighting,
-            })
-            .launch(stream)?;
-            bind!(p, ExpertSums {
+                rows, tokens, experts, hidden, weighting: weighting as i32,
+            },
+            ExpertSums {
                 sums, masses, column_sums, gates, offsets, row_token;
                 rows, tokens, experts, hidden,
-            })
-            .launch(stream)?;
-            bind!(p, ExpertMeanUpdate {
+            },
+            ExpertMeanUpdate {
                 average = "average of two launches", sums, masses, beta;
-                experts, hidden, weighting,
-            })
-            .launch(stream)
-        }),
+                experts, hidden, weighting: weighting as i32,
+            }
+        ),
         judge: Box::new(move |out| {
             let two: Vec<f32> = values(&out[1]);
             exactly::<f32>("average", &out[0], |i| two[i])?;

@@ -54,13 +54,8 @@ impl Layer {
 
     /// Describes the layer, for messages.
     pub fn label(&self) -> String {
-        let Self {
-            counts,
-            hidden,
-            ffn,
-            dense,
-        } = self;
-        let kind = if *dense { " dense" } else { "" };
+        let (counts, hidden, ffn) = (&self.counts, self.hidden, self.ffn);
+        let kind = if self.dense { " dense" } else { "" };
         format!("{counts:?}{kind} rows, hidden {hidden}, ffn {ffn}")
     }
 }
@@ -98,15 +93,11 @@ pub fn covering_layers() -> Vec<Layer> {
 /// Returns gates [T, E] in (0, 1]; a tenth of them are 0.
 pub fn gates(tokens: usize, experts: usize) -> Vec<f32> {
     let mut random = Random((tokens * 7 + experts) as u64);
-    (0..tokens * experts)
-        .map(|_| {
-            if random.below(10) == 0 {
-                0.0
-            } else {
-                random.unit() as f32
-            }
-        })
-        .collect()
+    let gate = |_| match random.below(10) {
+        0 => 0.0,
+        _ => random.unit() as f32,
+    };
+    (0..tokens * experts).map(gate).collect()
 }
 
 /// A number with a bound of its error in f32 arithmetic.
@@ -188,12 +179,11 @@ pub fn add_bf16(
 /// When an element after `bytes` was written.
 pub fn written<'a>(name: &str, output: &'a [u8], bytes: usize) -> Result<&'a [u8], String> {
     let (written, rest) = output.split_at(bytes);
-    if rest.iter().all(|&b| b == POISON) {
-        Ok(written)
-    } else {
-        Err(format!(
+    match rest.iter().all(|&b| b == POISON) {
+        true => Ok(written),
+        false => Err(format!(
             "rows of `{name}` past the last expert's were written"
-        ))
+        )),
     }
 }
 

@@ -1,9 +1,9 @@
 //! Checks the gates of chosen experts (`kernels/gates.cu`) against float64.
 
 use super::dispatch::{Batch, Named};
-use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::numbers::{Errors, F32_ROUNDOFF, Random, sums};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{BOTH, Buffer, Case, Launch, Problem, bind, each, pairs, values};
+use super::{BOTH, Buffer, Case, Launch, Problem, each, launch_of, pairs, values};
 use crate::kernels::gates::{SelectedGates, SelectedGatesBackward};
 
 /// The kind of gates, and whether to compute their gradient.
@@ -24,20 +24,15 @@ fn row(kind: Kind, p: &[f32], dw: &[f32], chosen: &[bool]) -> Vec<(f64, f64)> {
     };
     let roundings = (2 * on().count() + 8) as f64 * F32_ROUNDOFF;
     let Some(through) = kind.through else {
-        let gate = |e: usize| {
-            if chosen[e] {
-                exact(p[e]) / divisor
-            } else {
-                0.0
-            }
+        let gate = |e: usize| match chosen[e] {
+            true => (exact(p[e]) / divisor, roundings * (exact(p[e]) / divisor)),
+            false => (0.0, 0.0),
         };
-        return (0..p.len())
-            .map(|e| (gate(e), roundings * gate(e)))
-            .collect();
+        return (0..p.len()).map(gate).collect();
     };
-    let products = || on().map(|e| exact(p[e]) / divisor * exact(dw[e]));
-    let (mean, size): (f64, f64) = match kind.renormalize {
-        true => (products().sum(), products().map(f64::abs).sum()),
+    let products = on().map(|e| exact(p[e]) / divisor * exact(dw[e]));
+    let (mean, size) = match kind.renormalize {
+        true => sums(products),
         false => (0.0, 0.0),
     };
     let gradient = |e: usize| match chosen[e] {
@@ -58,18 +53,16 @@ fn launch(kind: Kind, routed: &Routed) -> Launch {
     let (tokens, experts, slots) = (routed.tokens(), routed.experts(), routed.slots());
     let (has_choices, rows) = (routed.has_choices(), routed.rows_given);
     let renormalize = kind.renormalize;
-    Box::new(move |p, stream| match kind.through {
-        None => bind!(p, SelectedGates {
+    match kind.through {
+        None => launch_of!(SelectedGates {
             w = "gates or gradients", p, slot_row, choices if has_choices;
             tokens, rows, experts, slots, renormalize,
-        })
-        .launch(stream),
-        Some(through) => bind!(p, SelectedGatesBackward {
+        }),
+        Some(through) => launch_of!(SelectedGatesBackward {
             dp = "gates or gradients", dw, p, slot_row, choices if has_choices;
             tokens, rows, experts, slots, renormalize, through,
-        })
-        .launch(stream),
-    })
+        }),
+    }
 }
 
 /// Values that must not matter because the expert is not chosen are NaN; some choices have no row and therefore do not
@@ -85,15 +78,14 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
     let mut random = Random((tokens * 3 + experts) as u64);
     let mut dw = random.normals(tokens * experts);
     let mut p = routed.gates.clone();
-    let chosen: Vec<Vec<bool>> = (0..tokens)
-        .map(|t| {
-            routed
-                .row_of_expert(t)
-                .iter()
-                .map(Option::is_some)
-                .collect()
-        })
-        .collect();
+    let has_row = |t| {
+        routed
+            .row_of_expert(t)
+            .iter()
+            .map(Option::is_some)
+            .collect()
+    };
+    let chosen: Vec<Vec<bool>> = (0..tokens).map(has_row).collect();
     for (i, chosen) in chosen.iter().flatten().enumerate() {
         if !chosen && i % 5 == 3 {
             p[i] = f32::NAN;

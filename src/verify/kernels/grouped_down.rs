@@ -53,19 +53,11 @@ impl Down {
             Operands::new(Product::Forward, Gather::None, false, &shape).with_unit_sums();
         let (rows, experts) = (layer.rows(), layer.counts.len());
         let tokens = rows / 2 + 1;
-        let mut random = Random(rows as u64);
-        let token = |r| {
-            if r < rows {
-                random.below(tokens) as i32
-            } else {
-                i32::MAX
-            }
-        };
         Self {
             sums,
             tokens,
             gates: gates(tokens, experts),
-            row_token: (0..operands.rows_given).map(token).collect(),
+            row_token: Random(rows as u64).tokens(tokens, rows, operands.rows_given),
             operands,
             layer: layer.clone(),
         }
@@ -77,13 +69,11 @@ impl Down {
     }
 
     fn gate(&self, row: usize) -> f64 {
-        let experts = self.layer.counts.len();
-        match self.sums {
-            Sums::Gated => f64::from(
-                self.gates[self.row_token[row] as usize * experts + self.operands.expert_of(row)],
-            ),
-            _ => 1.0,
+        if self.sums != Sums::Gated {
+            return 1.0;
         }
+        let (token, expert) = (self.row_token[row] as usize, self.operands.expert_of(row));
+        f64::from(self.gates[token * self.layer.counts.len() + expert])
     }
 
     fn judge(&self, outputs: &[Vec<u8>]) -> Result<Errors, String> {
@@ -182,12 +172,8 @@ fn problems(layers: Vec<Layer>) -> Vec<MakeProblem> {
     let shapes = pairs(layers, [Sums::Gated, Sums::Plain, Sums::None]);
     let mut tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
     tiles.push(ROUTEGRAD_TILE_AUTO);
-    sharing(
-        shapes,
-        &tiles,
-        |(layer, sums)| Down::new(&layer, sums),
-        problem,
-    )
+    let inputs = |(layer, sums): (Layer, Sums)| Down::new(&layer, sums);
+    sharing(shapes, &tiles, inputs, problem)
 }
 
 /// Returns the cases of the kernels in this file.

@@ -4,7 +4,7 @@ use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
 use super::operands::Line;
 pub use super::operands::{Gather, Operands, Product, Shape, TILES};
 use super::{
-    Buffer, Case, Launch, MakeProblem, Problem, bind, machine::POISON, pairs, sharing, values,
+    Buffer, Case, Launch, MakeProblem, Problem, launch_of, machine::POISON, pairs, sharing, values,
 };
 use crate::kernels::bindings::*;
 use crate::kernels::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
@@ -45,11 +45,8 @@ pub fn covering_shapes() -> Vec<Shape> {
 /// A text that names the element.
 pub fn judge(operands: &Operands, bytes: &[u8]) -> Result<Errors, String> {
     let (lines, width) = operands.lines();
-    let size = if operands.product == WeightGradient {
-        4
-    } else {
-        2
-    };
+    let weights = operands.product == WeightGradient;
+    let size = if weights { 4 } else { 2 };
     let (written, rest) = bytes.split_at(lines * width * size);
     if !rest.iter().all(|&b| b == POISON) {
         return Err("rows past the last expert's were written".into());
@@ -89,11 +86,7 @@ fn judge_line(
             (want, bound)
         });
     }
-    let depth = if operands.product == Forward {
-        operands.shape.k
-    } else {
-        operands.shape.n
-    };
+    let depth = operands.depth();
     let got: Vec<f64> = values(bytes).into_iter().map(bf16::to_f64).collect();
     Errors::within(&name, &got, |i| {
         let (want, magnitude) = want[i];
@@ -108,27 +101,22 @@ pub(crate) fn launch(o: &Operands, tile: routegrad_gemm_tile) -> Launch {
     let (experts, n, k) = (o.shape.counts.len(), o.shape.n, o.shape.k);
     let (rows, a_height, b_height) = (o.rows_given, o.a_height, o.b_height);
     let tile = tile as i32;
-    Box::new(move |p, stream| {
-        let [of_a, of_b] = [Gather::A, Gather::B].map(|operand| gather == operand);
-        match product {
-            Forward => bind!(p, GroupedGemmForward {
-                out, x = "a", w = "b", offsets, row_token = "index" if of_a;
-                rows, x_rows: a_height, experts, n, k, tile,
-            })
-            .launch(stream),
-            InputGradient => bind!(p, GroupedGemmInputGradient {
-                dx, dout = "a", w = "b", offsets, row_token = "index" if of_a;
-                rows, dout_rows: a_height, experts, n, k, tile,
-            })
-            .launch(stream),
-            WeightGradient => bind!(p, GroupedGemmWeightGradient {
-                dw, dout = "a", x = "b", offsets, dout_row_token = "index" if of_a,
-                x_row_token = "index" if of_b;
-                rows, dout_rows: a_height, x_rows: b_height, experts, n, k, accumulate, tile,
-            })
-            .launch(stream),
-        }
-    })
+    let [of_a, of_b] = [Gather::A, Gather::B].map(|operand| gather == operand);
+    match product {
+        Forward => launch_of!(GroupedGemmForward {
+            out, x = "a", w = "b", offsets, row_token = "index" if of_a;
+            rows, x_rows: a_height, experts, n, k, tile,
+        }),
+        InputGradient => launch_of!(GroupedGemmInputGradient {
+            dx, dout = "a", w = "b", offsets, row_token = "index" if of_a;
+            rows, dout_rows: a_height, experts, n, k, tile,
+        }),
+        WeightGradient => launch_of!(GroupedGemmWeightGradient {
+            dw, dout = "a", x = "b", offsets, dout_row_token = "index" if of_a,
+            x_row_token = "index" if of_b;
+            rows, dout_rows: a_height, x_rows: b_height, experts, n, k, accumulate, tile,
+        }),
+    }
 }
 
 /// Returns the launch of `operands` with `tile`. Buffers: result, a, b, offsets and, if rows are gathered, the index.

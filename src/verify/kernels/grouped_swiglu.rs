@@ -79,12 +79,9 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
     buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
     let (x_rows, experts) = (o.a_height, f.layer.counts.len());
     let (gather, gathers) = (o.gather, o.index.is_some());
-    let (dense, rows) = (f.layer.dense, f.layer.rows_at_most(given));
+    let (dense, rows, layer) = (f.layer.dense, f.layer.rows_at_most(given), f.layer.label());
     Problem {
-        label: format!(
-            "swiglu forward, gather {gather:?}, tile {tile}, {}",
-            f.layer.label()
-        ),
+        label: format!("swiglu forward, gather {gather:?}, tile {tile}, {layer}"),
         buffers,
         launch: launch_of!(GroupedSwigluForward {
             h, a, x, w, offsets if !dense, row_token if gathers;
@@ -168,23 +165,19 @@ impl Backward {
                 ("dh of up", dh[ffn + i], w.times(da).times(silu)),
                 ("scaled_a", scaled_a[i], w.times(a)),
             ] {
-                add_bf16(&mut errors, got, want, || {
-                    format!("{name}, row {row}, element {i}")
-                })?;
+                let place = || format!("{name}, row {row}, element {i}");
+                add_bf16(&mut errors, got, want, place)?;
             }
             let (term, part) = (da.times(a), &mut parts[i / tile_columns]);
-            *part = (
-                part.0 + term.value,
-                part.1 + term.value.abs(),
-                part.2 + term.error,
-            );
+            part.0 += term.value;
+            part.1 += term.value.abs();
+            part.2 += term.error;
         }
         for (c, (&got, &(value, magnitude, error))) in dots.iter().zip(&parts).enumerate() {
             let bound = error + Bounded::sum(tile_columns, (value, magnitude)).error;
             // Not added to `errors`, whose relative error is that of bf16.
-            Errors::default().add(f64::from(got), value, bound, || {
-                format!("dot {c}, row {row}")
-            })?;
+            let place = || format!("dot {c}, row {row}");
+            Errors::default().add(f64::from(got), value, bound, place)?;
         }
         Ok(errors)
     }
@@ -212,12 +205,9 @@ pub fn backward_problem(
     buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
     let (dout_rows, experts) = (o.a_height, b.layer.counts.len());
     let (gather, gathers) = (o.gather, o.index.is_some());
-    let (dense, rows) = (b.layer.dense, b.layer.rows_at_most(given));
+    let (dense, rows, layer) = (b.layer.dense, b.layer.rows_at_most(given), b.layer.label());
     Problem {
-        label: format!(
-            "swiglu backward, gather {gather:?}, tile {tile}, {}",
-            b.layer.label()
-        ),
+        label: format!("swiglu backward, gather {gather:?}, tile {tile}, {layer}"),
         buffers,
         launch: launch_of!(GroupedSwigluBackward {
             dh, scaled_a, dots, dout, w, h, gates, offsets if !dense, row_token if gathers,
@@ -244,9 +234,7 @@ pub fn cases() -> Vec<Case> {
             case("grouped_swiglu_backward", "grouped_swiglu", backward),
         ]
     };
+    let covering = of(covering_layers(), Case::covering);
     let small = of(small_layers(), Case::small);
-    small
-        .into_iter()
-        .chain(of(covering_layers(), Case::covering))
-        .collect()
+    small.into_iter().chain(covering).collect()
 }

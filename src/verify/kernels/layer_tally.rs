@@ -1,7 +1,7 @@
 //! Checks the statistics of an MoE layer (`kernels/layer_tally.cu`) against plain loops.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, Problem, each, exactly, launch_of, values};
+use super::{Buffer, Case, Problem, each, exactly, launch_of, values, with};
 use crate::kernels::layer_tally::{
     LayerTally, LossfreeUpdate, RemoeFractions, RemoeUpdate, ShareEntropy,
 };
@@ -32,15 +32,11 @@ const MEAN_ENTROPY: f32 = 1.25;
 fn tally(t: Tally) -> Problem {
     let e = t.experts;
     let mut random = Random(e as u64);
-    let counts: Vec<i32> = (0..e)
-        .map(|i| {
-            if t.nobody || i % 3 == 1 {
-                0
-            } else {
-                (random.normal().abs() * 40.0) as i32
-            }
-        })
-        .collect();
+    let count = |i| match t.nobody || i % 3 == 1 {
+        true => 0,
+        false => (random.normal().abs() * 40.0) as i32,
+    };
+    let counts: Vec<i32> = (0..e).map(count).collect();
     let mut offsets = vec![0i32];
     offsets.extend(counts.iter().scan(0, |sum, n| {
         *sum += n;
@@ -81,12 +77,9 @@ fn judge_tally(t: Tally, counts: &[i32], out: &[Vec<u8>]) -> Result<Errors, Stri
         true => PARTS.iter().sum::<f64>(),
         false => TOKENS as f64 * f64::from(MEAN_ENTROPY),
     };
-    let stat = |i: usize| {
-        if i < e {
-            count(i)
-        } else {
-            [TOKENS as f64, entropy][i - e]
-        }
+    let stat = |i: usize| match i < e {
+        true => count(i),
+        false => [TOKENS as f64, entropy][i - e],
     };
     exactly::<f64>("stats", &out[0], |i| stat(i) + old(t.first_of_stats, i))?;
     let load = |i: usize| match t.trains {
@@ -250,48 +243,13 @@ fn tallies() -> Vec<Tally> {
     };
     vec![
         plain,
-        Tally {
-            experts: 1,
-            first_of_stats: true,
-            first_of_step: true,
-            ..plain
-        },
-        Tally {
-            experts: 256,
-            parts: true,
-            over_step: false,
-            ..plain
-        },
-        Tally {
-            experts: 33,
-            trains: false,
-            over_step: false,
-            bad: [3, 900],
-            fault: 1,
-            ..plain
-        },
-        Tally {
-            experts: 32,
-            bad: [17, 900],
-            fault: 1,
-            ..plain
-        },
-        Tally {
-            experts: 7,
-            bad: [17, 2000],
-            first_of_stats: true,
-            ..plain
-        },
-        Tally {
-            first_of_step: true,
-            bad: [0, 5],
-            ..plain
-        },
-        Tally {
-            nobody: true,
-            over_step: false,
-            ..plain
-        },
+        with!(plain; experts: 1, first_of_stats: true, first_of_step: true),
+        with!(plain; experts: 256, parts: true, over_step: false),
+        with!(plain; experts: 33, trains: false, over_step: false, bad: [3, 900], fault: 1),
+        with!(plain; experts: 32, bad: [17, 900], fault: 1),
+        with!(plain; experts: 7, bad: [17, 2000], first_of_stats: true),
+        with!(plain; first_of_step: true, bad: [0, 5]),
+        with!(plain; nobody: true, over_step: false),
     ]
 }
 

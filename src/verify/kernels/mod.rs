@@ -47,6 +47,7 @@ pub use bound::Bound;
 pub(crate) use bound::{bind, launch_of};
 pub use machine::{Guarded, Machine, Simulator};
 pub use numbers::Errors;
+use problem::with;
 pub use problem::{
     BOTH, Buffer, Case, Content, Judge, Launch, MakeProblem, Problem, each, pairs, sharing,
 };

@@ -81,9 +81,7 @@ impl Inputs {
     }
 
     fn label(&self, added: Added) -> String {
-        let Self {
-            kind, rows, hidden, ..
-        } = self;
+        let (kind, rows, hidden) = (self.kind, self.rows, self.hidden);
         format!("{kind:?}, T {rows}, D {hidden}, added {added:?}")
     }
 
@@ -96,10 +94,8 @@ impl Inputs {
         if added == Added::Nothing {
             return self.x.clone();
         }
-        let terms = self.x.iter().zip(&self.added);
-        terms
-            .map(|(a, b)| bf16::from_f32(a.to_f32() + b.to_f32()))
-            .collect()
+        let sum = |(a, b): (&bf16, &bf16)| bf16::from_f32(a.to_f32() + b.to_f32());
+        self.x.iter().zip(&self.added).map(sum).collect()
     }
 }
 
@@ -157,12 +153,11 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
             let normalised = i.normalised(added);
             let mut errors = Errors::default();
             if added != Added::Nothing {
-                let bits: Vec<u16> = normalised.iter().map(|s| s.to_bits()).collect();
-                let nan = |i: usize| normalised[i].is_nan();
-                let sums: Vec<u16> = values(&out[1]);
-                for (at, (got, want)) in sums.iter().zip(&bits).enumerate() {
-                    if got != want && !(nan(at) && bf16::from_bits(*got).is_nan()) {
-                        return Err(format!("sum[{at}] is {got:#x} instead of {want:#x}"));
+                let sums: Vec<bf16> = values(&out[1]);
+                for (at, (got, want)) in sums.iter().zip(&normalised).enumerate() {
+                    let (got_bits, bits) = (got.to_bits(), want.to_bits());
+                    if got_bits != bits && !(want.is_nan() && got.is_nan()) {
+                        return Err(format!("sum[{at}] is {got_bits:#x} instead of {bits:#x}"));
                     }
                 }
                 errors.merge(Errors::none(sums.len()));
@@ -174,10 +169,9 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
                 for (column, &x) in x.iter().enumerate() {
                     let w = exact(i.weight[column]);
                     let normal = (exact(x) - m.mean) * m.r * w;
-                    let bias = if kind == Layer {
-                        exact(i.bias[column])
-                    } else {
-                        0.0
+                    let bias = match kind {
+                        Rms => 0.0,
+                        Layer => exact(i.bias[column]),
                     };
                     let error = ROW_SUM * normal.abs()
                         + m.mean_error * m.r * w.abs()
@@ -196,22 +190,17 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
 /// accumulates. Buffers: dx, dw, db, partials, dy, skip, x, weight; in place, dx is skip.
 pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) -> Problem {
     let i = inputs.clone();
-    let bytes = 2 * i.rows * i.hidden;
     let runs = NormBackward::runs(i.rows);
     let mut random = Random(i.hidden as u64 + 7);
     let before = random.normals(2 * i.hidden);
     let parameter = |name, of: &[f32]| Buffer::added_to(name, of, accumulate);
     let vectors = if i.kind == Layer { 2 } else { 1 };
     let buffers = vec![
-        match added {
-            Added::InPlace => Buffer::changed("dx", &i.added),
-            _ => Buffer::output("dx", bytes),
-        },
+        Buffer::added_to("dx", &i.added, added == Added::InPlace),
         parameter("dw", &before[..i.hidden]),
-        if i.kind == Layer {
-            parameter("db", &before[i.hidden..])
-        } else {
-            Buffer::workspace("db", 16)
+        match i.kind {
+            Rms => Buffer::workspace("db", 16),
+            Layer => parameter("db", &before[i.hidden..]),
         },
         Buffer::workspace("partials", 4 * vectors * runs * i.hidden),
         Buffer::input("dy", &i.dy),
@@ -270,10 +259,8 @@ fn judge_backward(
             Rms => (0.0, mean(&|c| g(c).abs())),
             Layer => (mean(&g), mean(&|c| g(c).abs())),
         };
-        let (along, magnitude) = (
-            mean(&|c| g(c) * normal(c)),
-            mean(&|c| (g(c) * normal(c)).abs()),
-        );
+        let along = mean(&|c| g(c) * normal(c));
+        let magnitude = mean(&|c| (g(c) * normal(c)).abs());
         // x̂ has this error in addition to its own rounding.
         let shift = m.mean_error * m.r;
         for c in 0..hidden {
@@ -289,10 +276,8 @@ fn judge_backward(
             let place = || format!("dx of row {row}, column {c}");
             errors.add_bf16(dx[row * hidden + c], want, error, place)?;
             let (d, x) = (exact(dy[c]), normal(c));
-            for (sum, (term, off)) in sums[c]
-                .iter_mut()
-                .zip([(d * x, ROW_SUM * (d * x).abs() + shift * d.abs()), (d, 0.0)])
-            {
+            let terms = [(d * x, ROW_SUM * (d * x).abs() + shift * d.abs()), (d, 0.0)];
+            for (sum, (term, off)) in sums[c].iter_mut().zip(terms) {
                 *sum = [sum[0] + term, sum[1] + term.abs(), sum[2] + off];
             }
         }
@@ -368,11 +353,10 @@ const COVERING: [Shape; 5] = [
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let forward = |shapes| {
+    let forward = |shapes: [Shape; 5]| {
         each(
             pairs(pairs(shapes, [Rms, Layer]), ADDED),
-            |((shape, kind), added)| {
-                let (rows, hidden, about): Shape = shape;
+            |(((rows, hidden, about), kind), added)| {
                 let mut inputs = Inputs::new(kind, rows, hidden, about);
                 if rows == 19 {
                     inputs = inputs.with_bad_rows();
@@ -381,12 +365,11 @@ pub fn cases() -> Vec<Case> {
             },
         )
     };
-    let backward = |shapes| {
+    let backward = |shapes: [Shape; 5]| {
         let modes = ADDED.into_iter().zip([false, true, false]);
         each(
             pairs(pairs(shapes, [Rms, Layer]), modes),
-            |((shape, kind), (added, accumulate))| {
-                let (rows, hidden, about): Shape = shape;
+            |(((rows, hidden, about), kind), (added, accumulate))| {
                 let inputs = Inputs::new(kind, rows, hidden, about);
                 backward_problem(&Arc::new(inputs), added, accumulate)
             },

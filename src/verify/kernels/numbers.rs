@@ -57,6 +57,13 @@ impl Random {
         values
     }
 
+    /// Returns a random token for each of `rows` rows, and for the rows after them, up to `given`, one far out of range.
+    pub fn tokens(&mut self, tokens: usize, rows: usize, given: usize) -> Vec<i32> {
+        let mut all: Vec<i32> = (0..rows).map(|_| self.below(tokens) as i32).collect();
+        all.resize(given, i32::MAX);
+        all
+    }
+
     /// Shuffles the items.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
@@ -69,6 +76,12 @@ impl Random {
 pub fn half_ulp_bf16(x: f64) -> f64 {
     const EXPONENT: u64 = 0x7ff << 52;
     f64::from_bits(x.to_bits() & EXPONENT) / 256.0 // the power of two below |x|, or 0 for 0
+}
+
+/// Returns the sum of the terms, and the sum of their magnitudes.
+pub fn sums(terms: impl IntoIterator<Item = f64>) -> (f64, f64) {
+    let add = |(sum, size): (f64, f64), term: f64| (sum + term, size + term.abs());
+    terms.into_iter().fold((0.0, 0.0), add)
 }
 
 /// Unit roundoff of f32.
@@ -116,6 +129,24 @@ impl Errors {
             self.worst = self.worst.max(error / bound);
         }
         Ok(())
+    }
+
+    /// As [`add`](Self::add); where the reference is not finite, the result must not be finite either.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn add_unless_spoilt(
+        &mut self,
+        got: f64,
+        want: f64,
+        bound: f64,
+        place: impl Fn() -> String,
+    ) -> Result<(), String> {
+        match (want.is_finite(), got.is_finite()) {
+            (true, _) => self.add(got, want, bound, place),
+            (false, false) => Ok(()),
+            (false, true) => Err(format!("{}: got {got} instead of {want}", place())),
+        }
     }
 
     /// Adds a bf16 result whose f32 value may have an error of up to `error`; if the reference is NaN, the result must be

@@ -58,20 +58,18 @@ impl Product {
 
     /// Returns the tiles that can be requested for the product.
     pub fn tiles(self) -> impl Iterator<Item = routegrad_gemm_tile> {
-        let hopper: Vec<routegrad_gemm_tile> = TILES
+        let usable = TILES
             .iter()
-            .filter(|t| self != WeightGradient || t.2 != 176)
-            .map(|t| t.0)
-            .collect();
+            .filter(|t| self != WeightGradient || t.2 != 176);
+        let hopper: Vec<routegrad_gemm_tile> = usable.map(|t| t.0).collect();
         tiles_of_device(&hopper, ROUTEGRAD_TILE_MMA_128X128).into_iter()
     }
 
     /// Returns the operands that the kernel can gather.
     pub fn gathers(self) -> &'static [Gather] {
-        if self == WeightGradient {
-            &[Gather::None, Gather::A, Gather::B]
-        } else {
-            &[Gather::None, Gather::A]
+        match self {
+            WeightGradient => &[Gather::None, Gather::A, Gather::B],
+            _ => &[Gather::None, Gather::A],
         }
     }
 }
@@ -236,10 +234,9 @@ impl Operands {
         let height = |gathered| if gathered { tokens } else { rows_given };
         let (a_height, b_height) = (height(gather == Gather::A), height(gather == Gather::B));
         let mut a = random.normals_bf16(a_height * a_width);
-        let mut b = random.normals_bf16(if product == WeightGradient {
-            b_height * k
-        } else {
-            experts * n * k
+        let mut b = random.normals_bf16(match product {
+            WeightGradient => b_height * k,
+            _ => experts * n * k,
         });
         if gather != Gather::A {
             a[rows * a_width..].fill(bf16::NAN);
@@ -247,17 +244,7 @@ impl Operands {
         if product == WeightGradient && gather != Gather::B {
             b[rows * k..].fill(bf16::NAN);
         }
-        let index = (gather != Gather::None).then(|| {
-            (0..rows_given)
-                .map(|r| {
-                    if r < rows {
-                        random.below(tokens) as i32
-                    } else {
-                        i32::MAX
-                    }
-                })
-                .collect()
-        });
+        let index = (gather != Gather::None).then(|| random.tokens(tokens, rows, rows_given));
         let added_to = accumulate.then(|| random.normals(experts * n * k));
         Self {
             gather,
@@ -278,14 +265,17 @@ impl Operands {
         }
     }
 
+    /// Returns the number of terms of each sum over a width of W.
+    pub fn depth(&self) -> usize {
+        match self.product {
+            Forward => self.shape.k,
+            _ => self.shape.n,
+        }
+    }
+
     /// Divides W by a power of two near √depth, so that sums have unit scale, as their terms do.
     pub fn with_unit_sums(mut self) -> Self {
-        let depth = if self.product == Forward {
-            self.shape.k
-        } else {
-            self.shape.n
-        };
-        let scale = ((depth as f32).log2() / 2.0).round().exp2();
+        let scale = ((self.depth() as f32).log2() / 2.0).round().exp2();
         for w in &mut self.b {
             *w = bf16::from_f32(w.to_f32() / scale);
         }
@@ -332,14 +322,10 @@ impl Operands {
             let of_experts: Vec<&[usize]> = judged
                 .chunk_by(|&x, &y| self.expert_of_line(x) == self.expert_of_line(y))
                 .collect();
-            let lines: Vec<Vec<Line>> = of_experts
-                .into_par_iter()
-                .map(|lines| self.lines_of_expert(lines))
-                .collect();
-            judged
-                .into_iter()
-                .zip(lines.into_iter().flatten())
-                .collect()
+            let lines = of_experts.into_par_iter();
+            let lines: Vec<Vec<Line>> = lines.map(|lines| self.lines_of_expert(lines)).collect();
+            let lines = lines.into_iter().flatten();
+            judged.into_iter().zip(lines).collect()
         })
     }
 
@@ -399,16 +385,11 @@ impl Operands {
             return (0..lines).collect();
         }
         let mut random = Random(lines as u64);
-        let mut chosen: Vec<usize> = (0..self.lines_judged)
-            .map(|_| random.below(lines))
-            .collect();
+        let sampled = (0..self.lines_judged).map(|_| random.below(lines));
+        let mut chosen: Vec<usize> = sampled.collect();
         if self.product != WeightGradient {
-            chosen.extend(
-                self.offsets
-                    .windows(2)
-                    .filter(|o| o[0] < o[1])
-                    .flat_map(|o| [o[0] as usize, o[1] as usize - 1]),
-            );
+            let experts = self.offsets.windows(2).filter(|o| o[0] < o[1]);
+            chosen.extend(experts.flat_map(|o| [o[0] as usize, o[1] as usize - 1]));
         }
         chosen.sort_unstable();
         chosen.dedup();
@@ -418,15 +399,9 @@ impl Operands {
     /// Describes the product, for messages.
     pub fn label(&self, tile: routegrad_gemm_tile) -> String {
         let Shape { n, k, ref counts } = self.shape;
-        let mode = if self.added_to.is_some() {
-            "accumulated"
-        } else {
-            "assigned"
-        };
-        format!(
-            "{:?} {mode}, gather {:?}, tile {tile}, {counts:?} rows, n {n}, k {k}",
-            self.product, self.gather
-        )
+        let (product, gather) = (self.product, self.gather);
+        let mode = self.added_to.as_ref().map_or("assigned", |_| "accumulated");
+        format!("{product:?} {mode}, gather {gather:?}, tile {tile}, {counts:?} rows, n {n}, k {k}")
     }
 }
 

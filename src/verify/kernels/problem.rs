@@ -187,6 +187,16 @@ impl Made for Result<Problem> {
     }
 }
 
+/// A copy of a value in which some fields differ: `with!(value; field: other, ...)`.
+macro_rules! with {
+    ($value:expr; $($field:ident: $other:expr),+) => {{
+        let mut copy = $value;
+        $( copy.$field = $other; )+
+        copy
+    }};
+}
+pub(super) use with;
+
 /// Both settings of a switch.
 pub const BOTH: [bool; 2] = [false, true];
 

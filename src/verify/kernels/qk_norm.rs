@@ -1,6 +1,6 @@
 //! Checks RMSNorm of pieces of rows (`kernels/qk_norm.cu`) against float64.
 
-use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::numbers::{Errors, F32_ROUNDOFF, Random, sums};
 use super::operands::exact;
 use super::{Buffer, Case, Launch, Problem, bind, each, values};
 use crate::kernels::{QkNorm, QkNormBackward};
@@ -60,13 +60,8 @@ fn launch(s: Shape, backward: bool) -> Launch {
 /// Elements between the pieces must not change. Buffers: y or dx, scales, x, w, dy.
 fn problem(s: Shape, backward: bool) -> Problem {
     let mut random = Random((s.rows * s.pitch()) as u64);
-    let mut matrix = |n: usize| random.normals_bf16(n);
-    let (before, x, dy) = (
-        matrix(s.rows * s.pitch()),
-        matrix(s.rows * s.pitch()),
-        matrix(s.rows * s.pitch()),
-    );
-    let w = matrix(s.width);
+    let [before, x, dy] = [(); 3].map(|()| random.normals_bf16(s.rows * s.pitch()));
+    let w = random.normals_bf16(s.width);
     let count = s.rows * s.pieces;
     let piece_of = move |i: usize| s.start(i)..s.start(i) + s.width;
     let scales: Vec<f32> = (0..count).map(|i| scale(&x[piece_of(i)]) as f32).collect();
@@ -95,13 +90,9 @@ fn problem(s: Shape, backward: bool) -> Problem {
                     true => f64::from(given),
                     false => scale(&x[at.clone()]),
                 };
-                let products = || {
-                    at.clone()
-                        .zip(&w)
-                        .map(|(i, &w)| exact(w) * exact(dy[i]) * exact(x[i]))
-                };
-                let mean = r * r * products().sum::<f64>() / s.width as f64;
-                let size = r * r * products().map(f64::abs).sum::<f64>() / s.width as f64;
+                let product = |(i, w): (usize, &bf16)| exact(*w) * exact(dy[i]) * exact(x[i]);
+                let (sum, size) = sums(at.clone().zip(&w).map(product));
+                let [mean, size] = [sum, size].map(|sum| r * r * sum / s.width as f64);
                 if !backward && s.weighted {
                     let found = f64::from(values::<f32>(&out[1])[piece]);
                     errors.add(found, r, roundings * r, || format!("scale {piece}"))?;
@@ -121,13 +112,11 @@ fn problem(s: Shape, backward: bool) -> Problem {
                     errors.add_bf16(got[i], want, error, || format!("element {i}"))?;
                 }
             }
-            let untouched = (0..got.len()).filter(|&i| !seen[i]);
-            for i in untouched {
-                if got[i].to_bits() != before[i].to_bits() {
-                    return Err(format!("element {i} lies between pieces and was written"));
-                }
+            let wrong = |&i: &usize| !seen[i] && got[i].to_bits() != before[i].to_bits();
+            match (0..got.len()).find(wrong) {
+                Some(i) => Err(format!("element {i} lies between pieces and was written")),
+                None => Ok(errors),
             }
-            Ok(errors)
         }),
     }
 }

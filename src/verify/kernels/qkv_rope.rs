@@ -2,9 +2,9 @@
 
 use super::experts::Bounded;
 use super::grouped_down::TILES;
-use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::numbers::{Errors, F32_ROUNDOFF, Random, sums};
 use super::operands::{exact, tiles_of_device};
-use super::rope::{Shape, shape, tables};
+use super::rope::{Shape, shape, table_buffers};
 use super::{Buffer, Case, Problem, each, launch_of, pairs, values};
 use crate::kernels::QkvRopeForward;
 use crate::kernels::bindings::{ROUTEGRAD_TILE_MMA_128X128, routegrad_gemm_tile};
@@ -42,9 +42,8 @@ impl Inputs {
     fn product(&self, token: usize) -> Vec<Bounded> {
         let x = &self.x[token * self.hidden..][..self.hidden];
         let lines = self.w.chunks(self.hidden).map(|w| {
-            let terms = || x.iter().zip(w).map(|(a, b)| exact(*a) * exact(*b));
-            let magnitude = terms().map(f64::abs).sum();
-            Bounded::sum(self.hidden + 8, (terms().sum(), magnitude))
+            let terms = x.iter().zip(w).map(|(a, b)| exact(*a) * exact(*b));
+            Bounded::sum(self.hidden + 8, sums(terms))
         });
         lines.collect()
     }
@@ -88,14 +87,12 @@ fn turn(own: Bounded, other: Bounded, factors: [f64; 2]) -> Bounded {
 pub fn problem(inputs: &Arc<Inputs>, tile: routegrad_gemm_tile) -> Problem {
     let i = inputs.clone();
     let (shape, hidden) = (i.shape, i.hidden);
-    let [cosines, sines] = tables(shape.sequence, shape.width);
-    let buffers = vec![
+    let mut buffers = vec![
         Buffer::output("out", 2 * shape.tokens() * shape.row()),
         Buffer::input("x", &i.x),
         Buffer::input("w", &i.w),
-        Buffer::input("cosines", &cosines),
-        Buffer::input("sines", &sines),
     ];
+    buffers.extend(table_buffers(shape.sequence, shape.width));
     Problem {
         label: format!("{shape:?}, D {hidden}, tile {tile}"),
         buffers,

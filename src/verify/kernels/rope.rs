@@ -55,6 +55,15 @@ pub fn tables(positions: usize, width: usize) -> [Vec<f32>; 2] {
     })
 }
 
+/// [`tables`] as the buffers `cosines` and `sines`.
+pub(super) fn table_buffers(positions: usize, width: usize) -> [Buffer; 2] {
+    let [cosines, sines] = tables(positions, width);
+    [
+        Buffer::input("cosines", &cosines),
+        Buffer::input("sines", &sines),
+    ]
+}
+
 /// Returns the launch of `rope`, in place or not. Buffers: y, x, cosines, sines.
 pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
     let (tokens, row) = (shape.tokens(), shape.row());
@@ -63,16 +72,8 @@ pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
     if tokens > 2 {
         x[row..2 * row].fill(bf16::NAN);
     }
-    let [cosines, sines] = tables(shape.sequence, shape.width);
-    let buffers = vec![
-        match in_place {
-            true => Buffer::changed("y", &x),
-            false => Buffer::output("y", 2 * x.len()),
-        },
-        Buffer::input("x", &x),
-        Buffer::input("cosines", &cosines),
-        Buffer::input("sines", &sines),
-    ];
+    let mut buffers = vec![Buffer::added_to("y", &x, in_place), Buffer::input("x", &x)];
+    buffers.extend(table_buffers(shape.sequence, shape.width));
     Problem {
         label: format!("{shape:?}, back {back}, in place {in_place}"),
         buffers,

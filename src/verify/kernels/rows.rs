@@ -1,6 +1,6 @@
 //! Checks row-wise arithmetic, column sums and gated rows (`kernels/rows.cu`) against float64.
 
-use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::numbers::{Errors, F32_ROUNDOFF, Random, sums};
 use super::operands::exact;
 use super::{BOTH, Buffer, Case, Problem, bind, each, launch_of, pairs, values};
 use crate::kernels::{ColumnSums, GatedRows, GatedRowsBackward, RowArithmetic};
@@ -12,10 +12,7 @@ fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place
     let a = random.normals_bf16(rows * width);
     let b_rows = if one_row { 1 } else { rows };
     let b = random.normals_bf16(b_rows * width);
-    let first = match in_place {
-        true => Buffer::changed("out", &a),
-        false => Buffer::output("out", 2 * rows * width),
-    };
+    let first = Buffer::added_to("out", &a, in_place);
     Problem {
         label: format!(
             "{rows} rows of {width}, one row {one_row}, multiply {multiply}, in place {in_place}"
@@ -48,18 +45,15 @@ struct Sums {
 }
 
 /// Elements around the columns are NaN. Buffers: parts, x, y, scales.
-fn sums(s: Sums) -> Problem {
+fn column_sums(s: Sums) -> Problem {
     let mut random = Random((s.rows * s.piece + s.runs) as u64);
     let (width, pitch) = (s.pieces * s.piece, s.pieces * s.piece + 2 * s.around);
     let mut matrix = || {
         let mut m = random.normals_bf16(s.rows * pitch);
-        let outside = |i: usize| !(s.around..s.around + width).contains(&(i % pitch));
-        let elements = m.iter_mut().enumerate();
-        elements.for_each(|(i, v)| {
-            if outside(i) {
-                *v = bf16::NAN;
-            }
-        });
+        for row in m.chunks_mut(pitch) {
+            row[..s.around].fill(bf16::NAN);
+            row[s.around + width..].fill(bf16::NAN);
+        }
         m
     };
     let (x, y) = (matrix(), matrix());
@@ -86,16 +80,14 @@ fn sums(s: Sums) -> Problem {
             Errors::within("part", &values::<f32>(&out[0]), |i| {
                 let (part, column) = (i / width, i % width);
                 let rows = (part * run).min(s.rows)..((part + 1) * run).min(s.rows);
-                let terms = || {
-                    rows.clone().map(|row| {
-                        let at = row * pitch + s.around + column;
-                        let y = if s.y { exact(y[at]) } else { 1.0 };
-                        let scale = scales[row * s.pieces + column / s.piece];
-                        exact(x[at]) * y * if s.scales { f64::from(scale) } else { 1.0 }
-                    })
-                };
-                let size: f64 = terms().map(f64::abs).sum();
-                (terms().sum(), (run + 4) as f64 * F32_ROUNDOFF * size)
+                let terms = rows.map(|row| {
+                    let at = row * pitch + s.around + column;
+                    let y = if s.y { exact(y[at]) } else { 1.0 };
+                    let scale = scales[row * s.pieces + column / s.piece];
+                    exact(x[at]) * y * if s.scales { f64::from(scale) } else { 1.0 }
+                });
+                let (sum, size) = sums(terms);
+                (sum, (run + 4) as f64 * F32_ROUNDOFF * size)
             })
         }),
     }
@@ -103,22 +95,15 @@ fn sums(s: Sums) -> Problem {
 
 /// Returns the sum of the products, and the sum of their magnitudes.
 fn dot(a: &[bf16], b: &[bf16]) -> (f64, f64) {
-    let products = a.iter().zip(b).map(|(&a, &b)| exact(a) * exact(b));
-    products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()))
+    sums(a.iter().zip(b).map(|(&a, &b)| exact(a) * exact(b)))
 }
 
 /// Rows whose scores have unit scale. Buffers: y, gates, x, w, v.
 fn gated(rows: usize, width: usize) -> Problem {
     let mut random = Random((rows * width + 1) as u64);
-    let (x, v) = (
-        random.normals_bf16(rows * width),
-        random.normals_bf16(rows * width),
-    );
-    let w: Vec<bf16> = random
-        .normals_bf16(width)
-        .iter()
-        .map(|w| bf16::from_f32(w.to_f32() / (width as f32).sqrt()))
-        .collect();
+    let [x, v] = [(); 2].map(|()| random.normals_bf16(rows * width));
+    let unit = |w: &bf16| bf16::from_f32(w.to_f32() / (width as f32).sqrt());
+    let w: Vec<bf16> = random.normals_bf16(width).iter().map(unit).collect();
     Problem {
         label: format!("{rows} rows of {width}"),
         buffers: vec![
@@ -142,9 +127,8 @@ fn gated(rows: usize, width: usize) -> Problem {
                 errors.add(f64::from(found), gate, error, || format!("gate {row}"))?;
                 for i in at {
                     let (want, size) = (gate * exact(v[i]), exact(v[i]).abs());
-                    errors.add_bf16(y[i], want, (error + F32_ROUNDOFF) * size, || {
-                        format!("element {i}")
-                    })?;
+                    let place = || format!("element {i}");
+                    errors.add_bf16(y[i], want, (error + F32_ROUNDOFF) * size, place)?;
                 }
             }
             Ok(errors)
@@ -155,13 +139,8 @@ fn gated(rows: usize, width: usize) -> Problem {
 /// Buffers: dx, dv, dscores, dy, gates, v, w.
 fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
     let mut random = Random((rows * width + 2) as u64);
-    let mut matrix = |n: usize| random.normals_bf16(n);
-    let (before, dy, v) = (
-        matrix(rows * width),
-        matrix(rows * width),
-        matrix(rows * width),
-    );
-    let w = matrix(width);
+    let [before, dy, v] = [(); 3].map(|()| random.normals_bf16(rows * width));
+    let w = random.normals_bf16(width);
     let gates: Vec<f32> = (0..rows).map(|_| random.unit() as f32).collect();
     Problem {
         label: format!("{rows} rows of {width}, accumulate {accumulate}"),
@@ -189,9 +168,8 @@ fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
                 let slope = gate * (1.0 - gate);
                 let error = (width as f64 + 4.0) * F32_ROUNDOFF * gate * size;
                 let want = slope * sum;
-                errors.add(f64::from(dscores[row]), want, error, || {
-                    format!("score {row}")
-                })?;
+                let place = || format!("score {row}");
+                errors.add(f64::from(dscores[row]), want, error, place)?;
                 for (column, i) in at.enumerate() {
                     let place = || format!("element {i}");
                     let of_v = gate * exact(dy[i]);
@@ -234,7 +212,7 @@ pub fn cases() -> Vec<Case> {
         (2039, 1, 136, 0, 8, true, true),
     ];
     let sums = each(sizes, |(rows, pieces, piece, around, runs, y, scales)| {
-        sums(Sums {
+        column_sums(Sums {
             rows,
             pieces,
             piece,

@@ -1,7 +1,7 @@
 //! Checks SparseMixer's gates and their gradient estimator (`kernels/gates.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, Problem, bind, each, values};
+use super::{Buffer, Case, Problem, each, launch_of, values};
 use crate::kernels::gates::{SampledGates, SampledGatesBackward};
 
 /// Tokens, experts, stages, and the scale of the logits relative to a standard normal.
@@ -68,12 +68,8 @@ impl Inputs {
     }
 
     /// Returns the gates of a token, or the gradients of its logits, with the bounds of their errors.
-    fn row(
-        &self,
-        token: usize,
-        (tokens, experts, stages, _): Shape,
-        backward: bool,
-    ) -> Vec<(f64, f64)> {
+    fn row(&self, token: usize, shape: Shape, backward: bool) -> Vec<(f64, f64)> {
+        let (tokens, experts, stages, _) = shape;
         let z = &self.logits[token * experts..(token + 1) * experts];
         let mut line = vec![(0.0, 0.0); experts];
         for stage in 0..stages {
@@ -116,18 +112,16 @@ fn problem(shape: Shape, backward: bool) -> Problem {
             Buffer::input("experts_chosen", &inputs.chosen),
             Buffer::input("kept", &inputs.kept),
         ],
-        launch: Box::new(move |p, stream| match backward {
-            true => bind!(p, SampledGatesBackward {
+        launch: match backward {
+            true => launch_of!(SampledGatesBackward {
                 dz = "gates or gradients", dw, logits, experts_chosen, kept;
                 tokens, experts, stages, estimator: ESTIMATOR,
-            })
-            .launch(stream),
-            false => bind!(p, SampledGates {
+            }),
+            false => launch_of!(SampledGates {
                 w = "gates or gradients", factors, logits, experts_chosen, kept;
                 tokens, experts, stages,
-            })
-            .launch(stream),
-        }),
+            }),
+        },
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);
             let mut errors = Errors::default();

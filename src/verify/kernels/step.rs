@@ -2,7 +2,7 @@
 //! where results are exact.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{BOTH, Buffer, Case, Problem, bind, each, exactly, launch_of, pairs};
+use super::{BOTH, Buffer, Case, Problem, bind, each, exactly, launch_of, pairs, with};
 use crate::kernels::bindings::{routegrad_state, routegrad_step_outcome, routegrad_step_settings};
 use crate::kernels::step::{LossesAdd, StateCommit, StepDecide};
 use crate::kernels::table::{bytes_of, row_of};
@@ -39,12 +39,9 @@ fn losses(first: bool, with_balance: bool) -> Problem {
         judge: Box::new(move |out| {
             // All values here are exact.
             exactly::<f64>("sums", &out[0], |i| {
-                let term = if i == 0 || with_balance {
-                    terms[i]
-                } else {
-                    0.0
-                };
-                SHARE * f64::from(term) + if first { 0.0 } else { BEFORE[i] }
+                let given = i == 0 || with_balance;
+                let term = SHARE * f64::from(if given { terms[i] } else { 0.0 });
+                term + if first { 0.0 } else { BEFORE[i] }
             })
         }),
     }
@@ -136,28 +133,21 @@ fn judge(d: Decision, got: routegrad_step_outcome, norm: f64) -> Result<Errors, 
     }
     for decays in [false, true] {
         let clipped = d.clip > 0.0 && norm > d.clip;
+        let decay = SETTINGS.rate * SETTINGS.weight_decay;
         let want = [
             SETTINGS.beta1,
             SETTINGS.beta2,
             SETTINGS.rate / (1.0 - SETTINGS.beta1.powi(7)),
             1.0 / (1.0 - SETTINGS.beta2.powi(7)),
             SETTINGS.eps,
-            if decays {
-                1.0 - SETTINGS.rate * SETTINGS.weight_decay
-            } else {
-                1.0
-            },
+            if decays { 1.0 - decay } else { 1.0 },
             if clipped { d.clip / norm } else { 1.0 },
         ];
-        for (i, (got, want)) in got.coefficients[usize::from(decays)]
-            .iter()
-            .zip(want)
-            .enumerate()
-        {
+        let found = got.coefficients[usize::from(decays)];
+        for (i, (got, want)) in found.into_iter().zip(want).enumerate() {
             let want = if accepted { want } else { 0.0 };
-            errors.add(f64::from(*got), want, 2.0 * F32_ROUNDOFF * want, || {
-                format!("coefficient {i}, decays {decays}")
-            })?;
+            let place = || format!("coefficient {i}, decays {decays}");
+            errors.add(f64::from(got), want, 2.0 * F32_ROUNDOFF * want, place)?;
         }
     }
     Ok(errors)
@@ -213,41 +203,14 @@ pub fn cases() -> Vec<Case> {
     };
     let decisions = [
         plain,
-        Decision {
-            parts: 1,
-            clip: 0.0,
-            size: 4.0,
-            ..plain
-        },
-        Decision {
-            parts: 2049,
-            size: 1.0,
-            ..plain
-        },
-        Decision {
-            loss: f64::NAN,
-            ..plain
-        },
-        Decision {
-            loss: f64::INFINITY,
-            ..plain
-        },
-        Decision {
-            size: f64::NAN,
-            ..plain
-        },
-        Decision {
-            size: f64::INFINITY,
-            ..plain
-        },
-        Decision {
-            flag: Some((2, [77, 0])),
-            ..plain
-        },
-        Decision {
-            flag: Some((0, [i32::MAX, 2])),
-            ..plain
-        },
+        with!(plain; parts: 1, clip: 0.0, size: 4.0),
+        with!(plain; parts: 2049, size: 1.0),
+        with!(plain; loss: f64::NAN),
+        with!(plain; loss: f64::INFINITY),
+        with!(plain; size: f64::NAN),
+        with!(plain; size: f64::INFINITY),
+        with!(plain; flag: Some((2, [77, 0]))),
+        with!(plain; flag: Some((0, [i32::MAX, 2]))),
     ];
     let sizes = pairs(BOTH, [&[1usize][..], &[8, 20_000, 3]]);
     let case = |launcher, problems| Case::small(launcher, "step", problems);

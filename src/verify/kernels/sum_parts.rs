@@ -1,6 +1,6 @@
 //! Checks the sums of the parts of a weight gradient (`kernels/sum_parts.cu`) against float64.
 
-use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::numbers::{Errors, F32_ROUNDOFF, Random, sums};
 use super::{BOTH, Buffer, Case, Problem, each, launch_of, pairs, values};
 use crate::kernels::sum_parts::SumParts;
 
@@ -18,12 +18,9 @@ fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
         judge: Box::new(move |out| {
             Errors::within("element", &values::<f32>(&out[0]), |i| {
                 let first = accumulate.then(|| before[i]);
-                let terms = || {
-                    let parts = (0..count).map(|p| parts[p * elements + i]);
-                    first.into_iter().chain(parts).map(f64::from)
-                };
-                let size: f64 = terms().map(f64::abs).sum();
-                (terms().sum(), count as f64 * F32_ROUNDOFF * size)
+                let parts = (0..count).map(|p| parts[p * elements + i]);
+                let (sum, size) = sums(first.into_iter().chain(parts).map(f64::from));
+                (sum, count as f64 * F32_ROUNDOFF * size)
             })
         }),
     }

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, Problem, bind, each, values};
+use super::{Buffer, Case, Problem, each, launch_of, values};
 use crate::kernels::{SwigluBackward, SwigluForward};
 use half::bf16;
 
@@ -29,10 +29,10 @@ fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
     Problem {
         label: format!("T {rows}, F {ffn}, spread {spread}"),
         buffers: vec![Buffer::output(output, bytes), input, Buffer::input("h", &h)],
-        launch: Box::new(move |p, stream| match backward {
-            true => bind!(p, SwigluBackward { dh, da, h; rows, ffn }).launch(stream),
-            false => bind!(p, SwigluForward { a, h; rows, ffn }).launch(stream),
-        }),
+        launch: match backward {
+            true => launch_of!(SwigluBackward { dh, da, h; rows, ffn }),
+            false => launch_of!(SwigluForward { a, h; rows, ffn }),
+        },
         judge: Box::new(move |out| {
             let got: Vec<bf16> = values(&out[0]);
             let mut errors = Errors::default();
