@@ -1,7 +1,7 @@
 //! Shows the progress of long work on standard error: a bar on a terminal, otherwise a line at intervals.
 
 use super::{shows_bars, stderr_line};
-use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{FormattedDuration, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -117,7 +117,7 @@ impl Phases {
                 let work = move || {
                     while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
                         let text = text.lock().unwrap_or_else(|e| e.into_inner()).clone();
-                        let time = HumanDuration(begun.elapsed());
+                        let time = FormattedDuration(begun.elapsed());
                         write(&format!("{text}, {time} so far"));
                     }
                 };
@@ -164,7 +164,7 @@ mod tests {
             .take(2)
             .collect();
         assert!(
-            two.iter().all(|l| l.starts_with("routing (2/3), ")),
+            two.iter().all(|l| l.starts_with("routing (2/3), 00:00:0")),
             "{two:?}"
         );
         drop(phases);
